@@ -1,0 +1,267 @@
+// Panels of 32 weight rows times quantised activations.
+//
+//   block = fma(float(group's integer dot), scale, block) [then fma(sum of codes, minimum, block)], groups rising
+//   total = fma(block, activation scale, total), blocks rising
+//
+// Few tokens read codes straight from the packed panel; many read a chunk that was unpacked into L1 once.
+// Both run multiply_chunk, so that both give the same bits.
+namespace {
+
+using namespace isotherm;
+
+// Where row t's numbers of one chunk stand.
+struct ChunkRow {
+  const int8_t* codes;
+  const int32_t* negated;  // by group
+  const float* sums;       // by group; read where there are minima
+  const float* scales;
+};
+
+template <class C>
+VEC ChunkRow chunk_row(const QuantRows& x, int row, int column) {
+  constexpr int kGroup = 4 * C::kGroupQuads;
+  const size_t r = static_cast<size_t>(row);
+  const int32_t* negated = kGroup == 16 ? x.negated16 : x.negated32;
+  return {x.codes + r * x.columns + column, negated + r * (x.columns / kGroup) + column / kGroup,
+          x.sums32 + r * (x.columns / 32) + column / 32, x.scales + r * x.num_scales() + column / x.quant_columns};
+}
+
+template <class C, int kTokens, int kTiles, int j>
+VEC void dot_pair(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&acc)[kTokens][kTiles]) {
+  Pair codes[kTiles];
+  for (int n = 0; n < kTiles; n++) codes[n] = C::template pair<j>(tiles[n], g);
+  const int at = 4 * (g * C::kGroupQuads + 2 * j);
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++) {
+    const I quad = load_quad(rows[t].codes + at);
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].first, quad);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++) {
+    const I quad = load_quad(rows[t].codes + at + 4);
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].second, quad);
+  }
+}
+
+template <class C, int kTokens, int kTiles>
+VEC void multiply_group(const uint8_t* const* tiles, int g, const ChunkRow* rows, F (&block)[kTokens][kTiles]) {
+  I acc[kTokens][kTiles];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++) {
+    I start = isplat(0);
+    if constexpr (C::kZeroShift >= 0) start = shift_left<C::kZeroShift>(isplat(rows[t].negated[g]));
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) acc[t][n] = start;
+  }
+  dot_pair<C, kTokens, kTiles, 0>(tiles, g, rows, acc);
+  dot_pair<C, kTokens, kTiles, 1>(tiles, g, rows, acc);
+  if constexpr (C::kGroupQuads == 8) {
+    dot_pair<C, kTokens, kTiles, 2>(tiles, g, rows, acc);
+    dot_pair<C, kTokens, kTiles, 3>(tiles, g, rows, acc);
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < kTiles; n++) {
+    const F scale = C::scale(tiles[n], g);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++) block[t][n] = fma(to_float(acc[t][n]), scale, block[t][n]);
+    if constexpr (C::kHasMinimum) {
+      const F minimum = C::minimum(tiles[n], g);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; t++) block[t][n] = fma(splat(rows[t].sums[g]), minimum, block[t][n]);
+    }
+  }
+}
+
+// totals [tokens][32] += one chunk of kTiles tiles times kTokens rows.
+template <class C, int kTokens, int kTiles>
+void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x, int row, int column, float* totals) {
+  ChunkRow rows[kTokens];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++) rows[t] = chunk_row<C>(x, row + t, column);
+  const int num_groups = columns / 4 / C::kGroupQuads;
+  const int groups_per_scale = x.quant_columns / 4 / C::kGroupQuads;
+  for (int first = 0, s = 0; first < num_groups; first += groups_per_scale, s++) {
+    F block[kTokens][kTiles];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 2
+      for (int n = 0; n < kTiles; n++) block[t][n] = splat(0.0f);
+    const int last = first + groups_per_scale < num_groups ? first + groups_per_scale : num_groups;
+    for (int g = first; g < last; g++) multiply_group<C, kTokens, kTiles>(tiles, g, rows, block);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++) {
+      const F scale = splat(rows[t].scales[s]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kTiles; n++) {
+        float* total = totals + t * kPanelRows + n * kTileRows;
+        store(total, fma(block[t][n], scale, load(total)));
+      }
+    }
+  }
+}
+
+template <class C, int kTokens, int kTiles>
+void multiply_float_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x, int row, int column,
+                          float* totals) {
+  F y[kTokens][kTiles];
+  const float* values = x.values + static_cast<size_t>(row) * x.columns + column;
+  for (int t = 0; t < kTokens; t++)
+    for (int n = 0; n < kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
+  for (int k = 0; k < columns; k++) {
+    F w[kTiles];
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) w[n] = C::read(tiles[n] + k * kTileRows * C::kBytes);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++) {
+      const F v = splat(values[static_cast<size_t>(t) * x.columns + k]);
+#pragma GCC unroll 2
+      for (int n = 0; n < kTiles; n++) y[t][n] = fma(w[n], v, y[t][n]);
+    }
+  }
+  for (int t = 0; t < kTokens; t++)
+    for (int n = 0; n < kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
+}
+
+using ChunkFn = void (*)(const uint8_t* const*, int, const QuantRows&, int, int, float*);
+
+// One weight type's functions, by number of tiles and of tokens; `many` read unpacked chunks.
+struct TypeKernels {
+  int (*chunk_bytes)(int columns);
+  int unpacked_bytes;  // 0: nothing to unpack, `few` serves any number of tokens
+  void (*unpack)(const uint8_t* source, int columns, uint8_t* tile);
+  ChunkFn few[2][kFewTokens];
+  ChunkFn many[2][kManyTokens];
+};
+
+template <class C, int kTiles, int kTokens>
+constexpr void fill_quant(ChunkFn* out) {
+  if constexpr (kTokens > 0) {
+    fill_quant<C, kTiles, kTokens - 1>(out);
+    out[kTokens - 1] = &multiply_chunk<C, kTokens, kTiles>;
+  }
+}
+
+template <class C, int kTiles, int kTokens>
+constexpr void fill_float(ChunkFn* out) {
+  if constexpr (kTokens > 0) {
+    fill_float<C, kTiles, kTokens - 1>(out);
+    out[kTokens - 1] = &multiply_float_chunk<C, kTokens, kTiles>;
+  }
+}
+
+template <class C>
+constexpr TypeKernels quant_kernels() {
+  TypeKernels k{&C::chunk_bytes, Unpacked<C>::kBytes, &Unpacked<C>::unpack, {}, {}};
+  fill_quant<C, 1, kFewTokens>(k.few[0]);
+  fill_quant<C, 2, kFewTokens>(k.few[1]);
+  fill_quant<Unpacked<C>, 1, kManyTokens>(k.many[0]);
+  fill_quant<Unpacked<C>, 2, kManyTokens>(k.many[1]);
+  return k;
+}
+
+template <class C>
+constexpr TypeKernels float_kernels() {
+  TypeKernels k{[](int columns) { return columns * kTileRows * C::kBytes; }, 0, nullptr, {}, {}};
+  fill_float<C, 1, kFewTokens>(k.few[0]);
+  fill_float<C, 2, kFewTokens>(k.few[1]);
+  return k;
+}
+
+// In the order of WeightType.
+constexpr TypeKernels kTypes[kNumWeightTypes] = {
+    float_kernels<Float32>(), float_kernels<Float16>(), float_kernels<BFloat16>(), quant_kernels<Q4_0>(),
+    quant_kernels<Q4_1>(),    quant_kernels<Q5_0>(),    quant_kernels<Q5_1>(),     quant_kernels<Q8_0>(),
+    quant_kernels<Q4_K>(),    quant_kernels<Q5_K>(),    quant_kernels<Q6_K>(),
+};
+constexpr int kMaxUnpackedBytes = 64 * (kChunkColumns / 4) + 128 * 16;
+
+VEC int chunk_columns(int columns, int start) {
+  return columns - start < kChunkColumns ? columns - start : kChunkColumns;
+}
+
+// Tiles of one type over all rows, chunk by chunk: weights are read from memory once, whatever the number of rows.
+void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, bool second, float* totals) {
+  alignas(64) uint8_t unpacked[2][kMaxUnpackedBytes];
+  const QuantRows& x = *args.x;
+  const bool unpack = k.unpacked_bytes && args.num_rows > kFewTokens;
+  const int max_tokens = unpack ? kManyTokens : kFewTokens;
+  const ChunkFn* functions = unpack ? k.many[num_tiles - 1] : k.few[num_tiles - 1];
+  const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
+  const uint8_t* chunk = args.panel;
+  for (int column = 0; column < x.columns; column += kChunkColumns) {
+    const int columns = chunk_columns(x.columns, column);
+    const uint8_t* tiles[2] = {chunk + (second ? a.chunk_bytes(columns) : 0), chunk + a.chunk_bytes(columns)};
+    chunk += a.chunk_bytes(columns) + b.chunk_bytes(columns);
+    if (unpack)
+      for (int n = 0; n < num_tiles; n++) {
+        k.unpack(tiles[n], columns, unpacked[n]);
+        tiles[n] = unpacked[n];
+      }
+    // Token tiles of nearly equal size: a last tile of one or two would waste the broadcast.
+    for (int row = 0, left = (args.num_rows + max_tokens - 1) / max_tokens; left > 0; left--) {
+      const int tokens = (args.num_rows - row + left - 1) / left;
+      functions[tokens - 1](tiles, columns, x, row, column, totals + static_cast<size_t>(row) * kPanelRows);
+      row += tokens;
+    }
+  }
+}
+
+void multiply_panel(const PanelArgs& args) {
+  __builtin_memset(args.totals, 0, sizeof(float) * kPanelRows * static_cast<size_t>(args.num_rows));
+  const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
+  if (args.type_a == args.type_b) {
+    multiply_tiles(a, args, 2, false, args.totals);
+  } else {
+    multiply_tiles(a, args, 1, false, args.totals);
+    multiply_tiles(b, args, 1, true, args.totals + kTileRows);
+  }
+}
+
+// One row of a quantised tile chunk, as floats: scale * (code - zero point) + minimum.
+template <class C>
+void decode_row(const uint8_t* tile, int columns, int lane, float* out) {
+  alignas(64) uint8_t unpacked[kMaxUnpackedBytes];
+  using Flat = Unpacked<C>;
+  Flat::unpack(tile, columns, unpacked);
+  constexpr int kGroup = 4 * C::kGroupQuads, kZero = C::kZeroShift < 0 ? 0 : 1 << (C::kZeroShift < 0 ? 0 : C::kZeroShift);
+  for (int k = 0; k < columns; k++) {
+    float scales[16], minima[16];
+    store(scales, Flat::scale(unpacked, k / kGroup));
+    store(minima, C::kHasMinimum ? Flat::minimum(unpacked, k / kGroup) : splat(0.0f));
+    const int code = unpacked[Flat::kCodes + k / 4 * 64 + lane * 4 + k % 4] - kZero;
+    const float product = scales[lane] * static_cast<float>(code);
+    out[k] = C::kHasMinimum ? product + minima[lane] : product;
+  }
+}
+
+template <class C>
+void decode_float_row(const uint8_t* tile, int columns, int lane, float* out) {
+  for (int k = 0; k < columns; k++) {
+    float row[16];
+    store(row, C::read(tile + k * kTileRows * C::kBytes));
+    out[k] = row[lane];
+  }
+}
+
+using DecodeFn = void (*)(const uint8_t*, int, int, float*);
+constexpr DecodeFn kDecoders[kNumWeightTypes] = {
+    &decode_float_row<Float32>, &decode_float_row<Float16>, &decode_float_row<BFloat16>, &decode_row<Q4_0>,
+    &decode_row<Q4_1>,          &decode_row<Q5_0>,          &decode_row<Q5_1>,           &decode_row<Q8_0>,
+    &decode_row<Q4_K>,          &decode_row<Q5_K>,          &decode_row<Q6_K>,
+};
+
+// Row `lane` (0 to 31) of a panel whose tiles are of one type.
+void embed_row(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out) {
+  const TypeKernels& k = kTypes[static_cast<int>(type)];
+  for (int column = 0; column < columns; column += kChunkColumns) {
+    const int width = chunk_columns(columns, column);
+    const int bytes = k.chunk_bytes(width);
+    kDecoders[static_cast<int>(type)](panel + (lane / kTileRows) * bytes, width, lane % kTileRows, out + column);
+    panel += 2 * bytes;
+  }
+  for (int i = 0; i < columns; i += 16) store(out + i, load(out + i) * splat(scale));
+}
+
+}  // namespace

@@ -1,0 +1,102 @@
+// What one instruction set offers: plain functions over plain data. The binding checks, the kernel computes.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace isotherm {
+
+constexpr int kTileRows = 16;   // output rows in the lanes of one vector
+constexpr int kPanelRows = 32;  // two tiles, one stream
+constexpr int kChunkColumns = 256;
+constexpr int kPageTokens = 64;
+constexpr int kAttentionBlock = 512;  // positions of one softmax block
+
+enum class WeightType : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+constexpr int kNumWeightTypes = 11;
+
+enum class Activation : int { kSilu, kGeluTanh };
+
+// Rows of one quantised activation. Columns are padded with zeros to a multiple of 64.
+struct QuantRows {
+  int columns;
+  int quant_columns;   // columns that share a scale: 256 or 32
+  int8_t* codes;       // [rows][columns]
+  float* scales;       // [rows][ceil(columns / quant_columns)]
+  int32_t* negated32;  // [rows][columns / 32] minus the sum of a group's codes: a zero point enters as a shift of it
+  int32_t* negated16;  // [rows][columns / 16]
+  float* sums32;       // [rows][columns / 32] the sum of a group's codes: minima are multiplied by it
+  float* values;       // [rows][columns] before quantising; null unless a weight stored as floats reads it
+
+  int num_scales() const { return (columns + quant_columns - 1) / quant_columns; }
+};
+
+// One panel (see ARCHITECTURE.md, P32) times num_rows activations, into totals [num_rows][32].
+struct PanelArgs {
+  const uint8_t* panel;
+  WeightType type_a, type_b;
+  const QuantRows* x;
+  int num_rows;
+  float* totals;
+};
+
+struct RopeArgs {
+  const float* table;  // [dims]: cosines, then sines, of this position
+  int dims;
+  int head_dim;
+  const float* norm;  // [head_dim] or null
+  float norm_eps;
+};
+
+// One query tile of one KV head: rows are (token, head of the group), token-major.
+struct AttendArgs {
+  const float* q;  // first token's first head of the group
+  float* out;      // same place in the output
+  size_t token_stride;
+  int num_tokens, group, head_dim;
+  int first_position;  // of the first token
+  int window;          // 0: none
+  float scale;
+  const int32_t* pages;    // page ids by page index
+  const uint16_t* kv;      // page 0 of this layer and head
+  size_t page_stride;      // in elements
+  float* scratch;          // attend_scratch_floats(rows, head_dim)
+};
+
+constexpr int kMaxAttendRows = 8;  // no instruction set keeps more query rows in registers
+
+// Partial result of one row over one block: [best, total, unused, unused][head_dim]
+inline size_t partial_floats(int head_dim) { return 4 + static_cast<size_t>(head_dim); }
+
+// Scores of the rows at work, then a partial and a running best and total for every row of the tile.
+inline size_t attend_scratch_floats(int rows, int head_dim) {
+  return kMaxAttendRows * kAttentionBlock + static_cast<size_t>(rows) * (partial_floats(head_dim) + 2);
+}
+
+struct KernelTable {
+  const char* name;
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  void (*add_norm)(const float* a, const float* b, const float* weight, int n, float eps, float* out);
+  void (*add)(const float* a, const float* b, int n, float* out);
+  void (*quantise)(const float* x, int n, const QuantRows& out, int row);
+  void (*multiply_panel)(const PanelArgs& args);
+  // out[i] = totals[i] + bias + residual over 32 columns; bias and residual may be null
+  void (*finish_linear)(const float* totals, const float* bias, const float* residual, float* out);
+  // out[i] = activation(totals[i]) * totals[16 + i] over 16 columns
+  void (*finish_glu)(const float* totals, Activation activation, float* out);
+  void (*embed_row)(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out);
+  // Norms and rotates one head in place.
+  void (*rope)(const RopeArgs& args, float* head);
+  // Writes one token's head into its page: keys are [head_dim][64], values [64][head_dim], both float16.
+  void (*append)(const float* k, const float* v, int head_dim, int slot, uint16_t* page);
+  void (*attend)(const AttendArgs& args);                                   // all blocks, in order
+  void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
+  void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);
+};
+
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+#endif
+
+}  // namespace isotherm

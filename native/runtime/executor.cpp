@@ -1,0 +1,161 @@
+#include "executor.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace isotherm {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+
+// Rounding to nearest, no flushing of denormals: what the contract's arithmetic asks, whoever calls.
+class FloatMode {
+ public:
+#if defined(__x86_64__)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+
+Arena::Arena(size_t bytes) : bytes_(std::max<size_t>(bytes, 1)) {
+  data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data_ == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes_ >= kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
+#endif
+}
+
+Arena::Arena(Arena&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+
+Arena::~Arena() {
+  if (data_) munmap(data_, bytes_);
+}
+
+Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_threads)
+    : program_(std::move(program)),
+      kernels_(kernels),
+      pool_(num_threads),
+      workers_(static_cast<size_t>(num_threads)),
+      counters_(program_.steps.size()) {
+  for (size_t i = 0; i < program_.steps.size(); i++)
+    if (std::holds_alternative<SelectStep>(program_.steps[i])) select_ = i;
+  measure();
+}
+
+template <class T>
+T* Executor::allocate(size_t count) {
+  arenas_.emplace_back(count * sizeof(T));
+  return arenas_.back().as<T>();
+}
+
+QuantRows Executor::make_rows(int num_rows, int columns, bool with_values) {
+  const size_t elements = static_cast<size_t>(num_rows) * columns;
+  QuantRows rows{};
+  rows.quant_columns = program_.quant_columns;
+  rows.codes = allocate<int8_t>(elements);
+  rows.scales = allocate<float>(elements / 32);
+  rows.negated32 = allocate<int32_t>(elements / 32);
+  rows.negated16 = allocate<int32_t>(elements / 16);
+  rows.sums32 = allocate<float>(elements / 32);
+  if (with_values) rows.values = allocate<float>(elements);
+  return rows;
+}
+
+// Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
+void Executor::measure() {
+  int columns = 64, head_dim = 16, tile_rows = 1;
+  bool floats = false;
+  const auto look = [&](const Matrix& m) {
+    columns = std::max(columns, m.padded_columns());
+    floats = floats || m.has_floats();
+  };
+  for (const Step& step : program_.steps) {
+    if (const auto* linear = std::get_if<LinearStep>(&step))
+      for (const Projection& p : linear->projections) look(p.weight);
+    if (const auto* glu = std::get_if<GluStep>(&step)) look(glu->weight);
+    if (const auto* attention = std::get_if<AttentionStep>(&step)) {
+      head_dim = std::max(head_dim, attention->head_dim);
+      tile_rows = std::max(tile_rows, tile_tokens(*attention) * (attention->num_heads / attention->num_kv_heads));
+    }
+  }
+  const size_t num_buffers = program_.widths.size(), rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
+  arenas_.reserve(num_buffers + 8 * (workers_.size() + 1));
+  for (size_t i = 0; i < num_buffers; i++) {
+    const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;
+    const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it
+    buffers_.push_back({is_logits ? nullptr : allocate<float>(stride * rows), stride, program_.widths[i]});
+  }
+  shared_ = make_rows(static_cast<int>(rows), columns, floats);
+  for (Worker& worker : workers_) {
+    worker.rows = make_rows(kRedundantRows, columns, floats);
+    worker.normed = allocate<float>(static_cast<size_t>(columns));
+    worker.totals = allocate<float>(rows * kPanelRows);
+    worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
+  }
+}
+
+bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll) {
+  stop_.store(false, std::memory_order_relaxed);
+  for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+  std::atomic<bool> stopped{false};
+  pool_.run([&](int thread) {
+    const FloatMode mode;
+    auto polled = std::chrono::steady_clock::now();
+    for (size_t i = first; i < last; i++) {
+      if (std::visit([&](const auto& step) { return run_step(step, i, thread); }, program_.steps[i])) break;
+      if (thread == 0 && poll) {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - polled >= kPollInterval) {
+          polled = now;
+          if (poll()) cancel();
+        }
+      }
+      if (barrier()) {
+        if (thread == 0) stopped.store(true);
+        break;
+      }
+    }
+  });
+  return !stop_.load() && !stopped.load();
+}
+
+bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
+  batch_ = batch;
+  positions_.clear();
+  for (const SequenceView& s : batch_.sequences)
+    for (int i = 0; i < s.num_new; i++) positions_.push_back(s.num_cached + i);
+  size_t partials = 0;
+  for (const Step& step : program_.steps)
+    if (const auto* attention = std::get_if<AttentionStep>(&step); attention && should_split(*attention)) {
+      const int blocks = *std::max_element(positions_.begin(), positions_.end()) / kAttentionBlock + 1;
+      const size_t rows = static_cast<size_t>(num_tiles(*attention)) * tile_tokens(*attention) * attention->num_heads;
+      partials = std::max(partials, rows * blocks * partial_floats(attention->head_dim));
+    }
+  if (partials_.size() < partials) partials_.resize(partials);
+  return walk(0, select_, poll);
+}
+
+bool Executor::head(int first, int count, float* logits, const std::function<bool()>& poll) {
+  head_first_ = first;
+  head_count_ = count;
+  Buffer& out = buffers_.back();
+  out.data = logits;
+  out.stride = static_cast<size_t>(out.width);
+  return walk(select_, program_.steps.size(), poll);
+}
+
+}  // namespace isotherm

@@ -1,0 +1,104 @@
+// Walks a program's steps on a thread pool. One batch at a time; no allocation and no look-up on the way.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "program.h"
+#include "thread_pool.h"
+
+namespace isotherm {
+
+// A zeroed, 64-byte aligned array that asks for huge pages where it is large.
+class Arena {
+ public:
+  explicit Arena(size_t bytes);
+  ~Arena();
+  Arena(Arena&& other) noexcept;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// Up to so many rows each thread quantises the input for itself: cheaper than a barrier and other caches' dirty lines.
+constexpr int kRedundantRows = 2;
+
+class Executor {
+ public:
+  Executor(NativeProgram program, const KernelTable& kernels, int num_threads);
+
+  // Computes a batch up to the hidden rows that the head reads, and fills its KV pages. `poll` is called on this
+  // thread between steps, at most every 20 ms; true stops. False: stopped, and what the pages got is not to be used.
+  bool run(const BatchView& batch, const std::function<bool()>& poll);
+
+  // Logits [count][vocab] of the batch's logit rows [first, first + count), count <= max_head_rows.
+  bool head(int first, int count, float* logits, const std::function<bool()>& poll);
+
+  void cancel() { stop_.store(true, std::memory_order_relaxed); }
+
+ private:
+  struct Buffer {
+    float* data;
+    size_t stride;
+    int width;
+    float* row(int i) const { return data + i * stride; }
+  };
+  struct Worker {  // one thread's scratch
+    QuantRows rows{};
+    float* normed = nullptr;
+    float* totals = nullptr;
+    float* attend = nullptr;
+  };
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
+
+  QuantRows make_rows(int num_rows, int columns, bool with_values);
+  template <class T>
+  T* allocate(size_t count);
+  void measure();
+  bool walk(size_t first, size_t last, const std::function<bool()>& poll);
+  int rows_of(size_t step) const { return step > select_ ? head_count_ : batch_.num_tokens; }
+  bool barrier() { return pool_.barrier().arrive_and_wait(stop_); }
+
+  // Each gives true when the run was stopped at a barrier inside.
+  bool run_step(const EmbedStep& step, size_t index, int thread);
+  bool run_step(const LinearStep& step, size_t index, int thread);
+  bool run_step(const GluStep& step, size_t index, int thread);
+  bool run_step(const AttentionStep& step, size_t index, int thread);
+  bool run_step(const AddNormStep& step, size_t index, int thread);
+  bool run_step(const SelectStep& step, size_t index, int thread);
+  bool quantise(int x, Norm norm, const Matrix& weight, bool with_values, int num_rows, int thread, QuantRows& rows);
+  void append_tokens(const AttentionStep& step, int thread);
+  bool attend_split(const AttentionStep& step, size_t index, int thread);
+  void attend_tiles(const AttentionStep& step, size_t index, int thread);
+  bool should_split(const AttentionStep& step) const;
+  int tile_tokens(const AttentionStep& step) const;
+  int num_tiles(const AttentionStep& step) const;
+  AttendArgs tile_args(const AttentionStep& step, int task, int thread) const;
+
+  const NativeProgram program_;
+  const KernelTable& kernels_;
+  ThreadPool pool_;
+  std::atomic<bool> stop_{false};
+  std::vector<Arena> arenas_;
+  std::vector<Buffer> buffers_;
+  std::vector<Worker> workers_;
+  QuantRows shared_{};  // for batches of many rows
+  std::vector<Counter> counters_;
+  std::vector<float> partials_;
+  BatchView batch_{};
+  std::vector<int> positions_;
+  size_t select_ = 0;  // index of the SelectStep
+  int head_first_ = 0, head_count_ = 0;
+};
+
+}  // namespace isotherm

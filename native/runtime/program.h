@@ -1,0 +1,116 @@
+// A lowered program as flat steps over plain data: what the executor walks. Built once, then only read.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include "../kernels/table.h"
+
+namespace isotherm {
+
+// A packed matrix, or a pair of matrices whose rows alternate tile by tile (gate, up).
+struct Matrix {
+  const uint8_t* data;
+  WeightType type_a, type_b;
+  int rows;     // outputs: of one of the two, where it is a pair
+  int columns;  // inputs, not padded
+  bool is_pair;
+  size_t panel_bytes;
+
+  int rows_per_panel() const { return is_pair ? kTileRows : kPanelRows; }
+  int num_panels() const { return (rows + rows_per_panel() - 1) / rows_per_panel(); }
+  int padded_columns() const { return (columns + 63) / 64 * 64; }
+  bool has_floats() const { return type_a <= WeightType::BF16 || type_b <= WeightType::BF16; }
+};
+
+struct Norm {
+  const float* weight;  // padded to 64 with zeros; null: no norm
+  float eps;
+};
+
+struct EmbedStep {
+  Matrix weight;
+  float scale;
+  int out;
+};
+
+struct Projection {
+  Matrix weight;
+  const float* bias;  // padded to 64; null: none
+  int out;
+};
+
+struct LinearStep {
+  int x;
+  Norm norm;
+  std::vector<Projection> projections;
+  int residual;  // buffer, or -1
+};
+
+struct GluStep {
+  int x;
+  Norm norm;
+  Matrix weight;
+  Activation activation;
+  int out;
+};
+
+struct AttentionStep {
+  int q, k, v, out;
+  Norm q_norm, k_norm;
+  const float* rope_table;  // [positions][rope_dims]
+  int rope_dims;
+  int num_heads, num_kv_heads, head_dim;
+  float scale;
+  int window;  // 0: none
+  int state, slot;
+};
+
+struct AddNormStep {
+  int a, b, out;
+  Norm norm;  // of b; weight null: a plain sum
+};
+
+struct SelectStep {
+  int x, out;
+};
+
+using Step = std::variant<EmbedStep, LinearStep, GluStep, AttentionStep, AddNormStep, SelectStep>;
+
+// KV pages of one state group: [layer slot][page][kv head][keys [head_dim][64], values [64][head_dim]], float16.
+struct KvPool {
+  uint16_t* data;
+  int num_pages, num_kv_heads, head_dim;
+
+  size_t head_elements() const { return 2 * static_cast<size_t>(kPageTokens) * head_dim; }
+  size_t page_elements() const { return head_elements() * num_kv_heads; }
+  uint16_t* head(int slot, int head) const {
+    return data + static_cast<size_t>(slot) * num_pages * page_elements() + head * head_elements();
+  }
+};
+
+struct SequenceView {
+  int start;  // first row in the batch
+  int num_new, num_cached;
+  std::vector<const int32_t*> page_tables;  // by state group
+};
+
+struct BatchView {
+  const int32_t* token_ids;
+  int num_tokens;
+  std::vector<SequenceView> sequences;
+  const int32_t* logit_rows;
+  int num_logit_rows;
+};
+
+struct NativeProgram {
+  int max_tokens;     // rows of a batch
+  int max_head_rows;  // rows that the head takes at once
+  int quant_columns;
+  std::vector<int> widths;  // of the buffers; the last buffer is the logits
+  std::vector<Step> steps;  // those from the SelectStep on run on logit rows
+  std::vector<KvPool> pools;
+};
+
+}  // namespace isotherm

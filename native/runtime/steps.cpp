@@ -1,0 +1,247 @@
+// What each kind of step does on one thread. The barrier after a step is the walk's.
+#include <algorithm>
+#include <cstring>
+
+#include "executor.h"
+
+namespace isotherm {
+namespace {
+
+struct Range {
+  int first, last;
+};
+
+// Share `thread` of `count` items, contiguous: one stream of weights a thread.
+Range share(int count, int thread, int num_threads) {
+  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(count) * i / num_threads); };
+  return {cut(thread), cut(thread + 1)};
+}
+
+// From so many rows on a panel is long work, and threads take panels as they come.
+constexpr int kDynamicRows = 16;
+
+// Query rows (tokens x heads of a group) that one attention task takes: enough to share its reads of the pages.
+constexpr int kTileQueryRows = 24;
+
+}  // namespace
+
+bool Executor::run_step(const EmbedStep& step, size_t, int thread) {
+  const Range rows = share(batch_.num_tokens, thread, pool_.num_threads());
+  for (int i = rows.first; i < rows.last; i++) {
+    const int id = batch_.token_ids[i];
+    const uint8_t* panel = step.weight.data + static_cast<size_t>(id / kPanelRows) * step.weight.panel_bytes;
+    kernels_.embed_row(panel, step.weight.type_a, id % kPanelRows, step.weight.padded_columns(), step.scale,
+                       buffers_[step.out].row(i));
+  }
+  return false;
+}
+
+bool Executor::quantise(int x, Norm norm, const Matrix& weight, bool with_values, int num_rows, int thread,
+                        QuantRows& rows) {
+  const bool redundant = num_rows <= kRedundantRows;
+  Worker& worker = workers_[thread];
+  rows = redundant ? worker.rows : shared_;
+  rows.columns = weight.padded_columns();
+  if (!with_values) rows.values = nullptr;
+  const Range mine = redundant ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
+  for (int i = mine.first; i < mine.last; i++) {
+    const float* row = buffers_[x].row(i);
+    if (norm.weight) {
+      kernels_.rms_norm(row, norm.weight, weight.columns, norm.eps, worker.normed);
+      std::fill(worker.normed + (weight.columns + 15) / 16 * 16, worker.normed + rows.columns, 0.0f);
+      row = worker.normed;
+    }
+    kernels_.quantise(row, weight.columns, rows, i);
+  }
+  return !redundant && barrier();
+}
+
+bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  bool floats = false;
+  int total = 0;
+  for (const Projection& p : step.projections) {
+    floats = floats || p.weight.has_floats();
+    total += p.weight.num_panels();
+  }
+  QuantRows x;
+  if (quantise(step.x, step.norm, step.projections[0].weight, floats, num_rows, thread, x)) return true;
+  float* totals = workers_[thread].totals;
+  const auto panel = [&](int i) {
+    const Projection* p = step.projections.data();
+    for (; i >= p->weight.num_panels(); p++) i -= p->weight.num_panels();
+    const Matrix& w = p->weight;
+    kernels_.multiply_panel({w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    const Buffer& out = buffers_[p->out];
+    const int column = i * kPanelRows, valid = std::min(kPanelRows, out.width - column);
+    for (int r = 0; r < num_rows; r++) {
+      const float* residual = step.residual < 0 ? nullptr : buffers_[step.residual].row(r) + column;
+      const float* bias = p->bias ? p->bias + column : nullptr;
+      float padded[kPanelRows];
+      float* y = valid == kPanelRows ? out.row(r) + column : padded;
+      kernels_.finish_linear(totals + r * kPanelRows, bias, residual, y);
+      if (valid < kPanelRows) std::memcpy(out.row(r) + column, padded, sizeof(float) * static_cast<size_t>(valid));
+    }
+  };
+  if (num_rows >= kDynamicRows) {
+    for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < total;) panel(i);
+  } else {
+    const Range mine = share(total, thread, pool_.num_threads());
+    for (int i = mine.first; i < mine.last; i++) panel(i);
+  }
+  return false;
+}
+
+bool Executor::run_step(const GluStep& step, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  const Matrix& w = step.weight;
+  QuantRows x;
+  if (quantise(step.x, step.norm, w, w.has_floats(), num_rows, thread, x)) return true;
+  float* totals = workers_[thread].totals;
+  const auto panel = [&](int i) {
+    kernels_.multiply_panel({w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    const Buffer& out = buffers_[step.out];
+    const int column = i * kTileRows, valid = std::min(kTileRows, out.width - column);
+    for (int r = 0; r < num_rows; r++) {
+      float y[kTileRows];
+      kernels_.finish_glu(totals + r * kPanelRows, step.activation, y);
+      std::memcpy(out.row(r) + column, y, sizeof(float) * static_cast<size_t>(valid));
+    }
+  };
+  if (num_rows >= kDynamicRows) {
+    for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < w.num_panels();) panel(i);
+  } else {
+    const Range mine = share(w.num_panels(), thread, pool_.num_threads());
+    for (int i = mine.first; i < mine.last; i++) panel(i);
+  }
+  return false;
+}
+
+bool Executor::run_step(const AddNormStep& step, size_t index, int thread) {
+  const Range rows = share(rows_of(index), thread, pool_.num_threads());
+  const int width = buffers_[step.out].width;
+  for (int i = rows.first; i < rows.last; i++) {
+    const float *a = buffers_[step.a].row(i), *b = buffers_[step.b].row(i);
+    float* out = buffers_[step.out].row(i);
+    if (step.norm.weight) {
+      kernels_.add_norm(a, b, step.norm.weight, width, step.norm.eps, out);
+    } else {
+      kernels_.add(a, b, width, out);
+    }
+  }
+  return false;
+}
+
+bool Executor::run_step(const SelectStep& step, size_t, int thread) {
+  const Range rows = share(head_count_, thread, pool_.num_threads());
+  const size_t bytes = sizeof(float) * buffers_[step.x].stride;
+  for (int i = rows.first; i < rows.last; i++)
+    std::memcpy(buffers_[step.out].row(i), buffers_[step.x].row(batch_.logit_rows[head_first_ + i]), bytes);
+  return false;
+}
+
+// --- attention ------------------------------------------------------------------------------------------------------
+
+void Executor::append_tokens(const AttentionStep& step, int thread) {
+  const int heads = step.num_heads + step.num_kv_heads;
+  const Range items = share(batch_.num_tokens * heads, thread, pool_.num_threads());
+  const KvPool& pool = program_.pools[step.state];
+  size_t s = 0;
+  for (int item = items.first; item < items.last; item++) {
+    const int token = item / heads, head = item % heads, position = positions_[token];
+    while (token >= batch_.sequences[s].start + batch_.sequences[s].num_new) s++;
+    const bool is_query = head < step.num_heads;
+    const Norm& norm = is_query ? step.q_norm : step.k_norm;
+    const RopeArgs rope{step.rope_table + static_cast<size_t>(position) * step.rope_dims, step.rope_dims, step.head_dim,
+                        norm.weight, norm.eps};
+    if (is_query) {
+      kernels_.rope(rope, buffers_[step.q].row(token) + head * step.head_dim);
+      continue;
+    }
+    const int kv_head = head - step.num_heads;
+    float* k = buffers_[step.k].row(token) + kv_head * step.head_dim;
+    kernels_.rope(rope, k);
+    const int page = batch_.sequences[s].page_tables[step.state][position / kPageTokens];
+    kernels_.append(k, buffers_[step.v].row(token) + kv_head * step.head_dim, step.head_dim, position % kPageTokens,
+                    pool.head(step.slot, kv_head) + static_cast<size_t>(page) * pool.page_elements());
+  }
+}
+
+int Executor::tile_tokens(const AttentionStep& step) const {
+  const int group = step.num_heads / step.num_kv_heads;
+  return std::max(1, kTileQueryRows / group);
+}
+
+int Executor::num_tiles(const AttentionStep& step) const {
+  int tiles = 0;
+  for (const SequenceView& s : batch_.sequences) tiles += (s.num_new + tile_tokens(step) - 1) / tile_tokens(step);
+  return tiles;
+}
+
+// Task = (tile, KV head); tiles run through the sequences in order.
+AttendArgs Executor::tile_args(const AttentionStep& step, int task, int thread) const {
+  const int head = task % step.num_kv_heads, size = tile_tokens(step);
+  int tile = task / step.num_kv_heads;
+  const SequenceView* s = batch_.sequences.data();
+  for (; tile >= (s->num_new + size - 1) / size; s++) tile -= (s->num_new + size - 1) / size;
+  const int group = step.num_heads / step.num_kv_heads, first = tile * size, row = s->start + first;
+  const KvPool& pool = program_.pools[step.state];
+  const size_t column = static_cast<size_t>(head) * group * step.head_dim;
+  return {buffers_[step.q].row(row) + column,
+          buffers_[step.out].row(row) + column,
+          buffers_[step.q].stride,
+          std::min(size, s->num_new - first),
+          group,
+          step.head_dim,
+          s->num_cached + first,
+          step.window,
+          step.scale,
+          s->page_tables[step.state],
+          pool.head(step.slot, head),
+          pool.page_elements(),
+          workers_[thread].attend};
+}
+
+// Too few tiles to share among the threads, and more than one block: blocks become tasks of their own.
+bool Executor::should_split(const AttentionStep& step) const {
+  const int last = *std::max_element(positions_.begin(), positions_.end());
+  return last >= kAttentionBlock && num_tiles(step) * step.num_kv_heads < 4 * pool_.num_threads();
+}
+
+void Executor::attend_tiles(const AttentionStep& step, size_t index, int thread) {
+  const int total = num_tiles(step) * step.num_kv_heads;
+  for (int task; (task = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < total;)
+    kernels_.attend(tile_args(step, total - 1 - task, thread));  // the longest rows first
+}
+
+bool Executor::attend_split(const AttentionStep& step, size_t index, int thread) {
+  const int total = num_tiles(step) * step.num_kv_heads, group = step.num_heads / step.num_kv_heads;
+  const int blocks = *std::max_element(positions_.begin(), positions_.end()) / kAttentionBlock + 1;
+  const size_t floats = partial_floats(step.head_dim);
+  const size_t task_floats = static_cast<size_t>(tile_tokens(step)) * group * floats;  // rows of one tile, one block
+  const auto place = [&](int task, int block) { return partials_.data() + (static_cast<size_t>(task) * blocks + block) * task_floats; };
+  for (int item; (item = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < total * blocks;) {
+    const int task = item / blocks, block = item % blocks;
+    kernels_.attend_block(tile_args(step, task, thread), block, place(task, block));
+  }
+  if (barrier()) return true;
+  const Range mine = share(total, thread, pool_.num_threads());
+  for (int task = mine.first; task < mine.last; task++) {
+    const AttendArgs args = tile_args(step, task, thread);
+    for (int r = 0; r < args.num_tokens * group; r++) {
+      float* out = args.out + r / group * args.token_stride + static_cast<size_t>(r % group) * args.head_dim;
+      kernels_.merge_blocks(place(task, 0) + r * floats, task_floats, blocks, args.head_dim, out);
+    }
+  }
+  return false;
+}
+
+bool Executor::run_step(const AttentionStep& step, size_t index, int thread) {
+  append_tokens(step, thread);
+  if (barrier()) return true;
+  if (should_split(step)) return attend_split(step, index, thread);
+  attend_tiles(step, index, thread);
+  return false;
+}
+
+}  // namespace isotherm

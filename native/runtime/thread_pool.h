@@ -1,0 +1,52 @@
+// A persistent pool: every job runs on all threads, which meet at barriers. The caller is thread 0.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace isotherm {
+
+// Waiting is a short spin, then a sleep in the kernel: a busy neighbour on our core gets its turn.
+class Barrier {
+ public:
+  explicit Barrier(int num_threads) : num_threads_(num_threads) {}
+
+  // True on every thread once `stop` was set before the last one arrived, so that all leave together.
+  bool arrive_and_wait(const std::atomic<bool>& stop);
+
+ private:
+  const int num_threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  bool stopped_ = false;  // written by the last to arrive, read after the generation changed
+};
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+  Barrier& barrier() { return barrier_; }
+
+  // Runs job(thread) on every thread and returns when all have returned.
+  void run(const std::function<void(int)>& job);
+
+ private:
+  void start();
+  void work(int thread);
+
+  const int num_threads_;
+  Barrier barrier_;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<bool> quit_{false};
+  const std::function<void(int)>* job_ = nullptr;
+  std::vector<std::thread> threads_;
+  int owner_pid_ = 0;  // a forked child has none of the threads
+};
+
+}  // namespace isotherm

@@ -1,0 +1,182 @@
+"""The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm import _native
+from isotherm.backends.cpu.packing import pair_name
+from isotherm.errors import UnsupportedModel
+from isotherm.program import ops
+from isotherm.program.batch import Batch
+from isotherm.program.ops import NormWeights, Value
+from isotherm.program.recorder import Program
+from isotherm.program.rope import rope_table
+from isotherm.quantization.packed_file import PackedWeights
+from isotherm.types import Rope
+
+F32 = NDArray[np.float32]
+
+_ROPE_STEP = 1024  # positions of the rope tables that are filled at once
+HEAD_DIM_MULTIPLE = 16  # lanes of a vector
+
+
+@dataclass(frozen=True)
+class CpuLimits:
+    """What a compiled Program is made for; work memory grows with it."""
+
+    context_tokens: int  # highest position + 1
+    num_pages: tuple[int, ...]  # KV pages by state group
+    max_tokens: int = 512  # of a batch
+    max_head_rows: int = 64  # logit rows that one call of `logits` may ask for
+
+
+class CpuBackend:
+    """Packed weights and a way to run them."""
+
+    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int, quant_columns: int = 256) -> None:
+        """isa: as `choose_isa` gives it. quant_columns: columns per activation scale, 256 or 32."""
+        self._weights = weights
+        self._isa = isa
+        self._num_threads = num_threads
+        self._quant_columns = quant_columns
+
+    def compile(self, program: Program, limits: CpuLimits) -> "CompiledCpu":
+        """`program` is lowered. Raises UnsupportedModel for a head size that the kernels cannot hold."""
+        builder = _native.ProgramBuilder(limits.max_tokens, limits.max_head_rows, self._quant_columns)
+        compiler = _Compiler(builder, program, self._weights, limits)
+        compiler.compile()
+        executor = _native.Executor(builder, self._isa, self._num_threads)
+        return CompiledCpu(executor, compiler.rope_tables, program.logits.width)
+
+
+class CompiledCpu:
+    """See `program.backend.CompiledProgram`. Calls release the GIL and are not thread safe."""
+
+    def __init__(self, executor: "_native.Executor", rope_tables: dict[Rope, F32], vocab_size: int) -> None:
+        self._executor = executor
+        self._rope_tables = rope_tables
+        self._vocab_size = vocab_size
+        self._num_positions = 0  # that the rope tables hold
+
+    def forward(self, batch: Batch) -> None:
+        end = max(sequence.num_cached + sequence.num_new for sequence in batch.sequences)
+        if end > self._num_positions:
+            self._fill_rope_tables(end)
+        sequences = [(s.num_new, s.num_cached, list(s.page_tables)) for s in batch.sequences]
+        finished = self._executor.run(batch.token_ids, sequences, batch.logit_rows)
+        assert finished, "stopped, though nothing was raised"
+
+    def logits(self, first: int, count: int) -> F32:
+        out = np.empty((count, self._vocab_size), np.float32)
+        finished = self._executor.head(first, out)
+        assert finished, "stopped, though nothing was raised"
+        return out
+
+    def _fill_rope_tables(self, end: int) -> None:
+        start = self._num_positions
+        for rope, table in self._rope_tables.items():
+            stop = min(len(table), -(-end // _ROPE_STEP) * _ROPE_STEP)
+            assert end <= stop, f"position {end - 1} lies past the context"
+            table[start:stop] = rope_table(rope, start, stop)
+            self._num_positions = stop
+
+
+class _Compiler:
+    """Gives every value a buffer, every weight an index, and writes the steps."""
+
+    def __init__(
+        self, builder: "_native.ProgramBuilder", program: Program, weights: PackedWeights, limits: CpuLimits
+    ) -> None:
+        self._builder = builder
+        self._program = program
+        self._weights = weights
+        self._limits = limits
+        self.rope_tables: dict[Rope, F32] = {}
+        self._rope_indices: dict[Rope, int] = {}
+        self._matrices: dict[str, int] = {}
+        self._vectors: dict[str, int] = {}
+        self._buffers: dict[Value, int] = {}
+        self._free: dict[int, list[int]] = {}  # buffers by width that no value holds
+        self._last_reader = {value: i for i, op in enumerate(program.ops) for value in ops.inputs(op)}
+
+    def compile(self) -> None:
+        for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
+            self._builder.pool(state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
+        for index, op in enumerate(self._program.ops):
+            for value in ops.outputs(op):
+                self._allocate(value)
+            self._step(op)
+            if not isinstance(op, ops.SelectRows):  # the head may run again: what it selects from stays
+                self._release(op, index)
+
+    def _allocate(self, value: Value) -> None:
+        free = self._free.get(value.width)
+        # The logits' buffer is the caller's array, and the builder's last.
+        reuse = free and value != self._program.logits
+        self._buffers[value] = free.pop() if free and reuse else self._builder.buffer(value.width)
+
+    def _release(self, op: ops.Op, index: int) -> None:
+        for value in set(ops.inputs(op)):
+            if self._last_reader[value] == index:
+                self._free.setdefault(value.width, []).append(self._buffers[value])
+
+    def _step(self, op: ops.Op) -> None:
+        b, at = self._builder, self._buffers
+        match op:
+            case ops.Embed():
+                b.embed(self._matrix(op.weight), op.scale, at[op.out])
+            case ops.QuantLinear():
+                projections = [
+                    (self._matrix(p.weight), self._vector(p.bias) if p.bias else -1, at[p.out]) for p in op.projections
+                ]
+                b.linear(at[op.x], self._norm(op.norm), projections, at[op.residual] if op.residual else -1)
+            case ops.QuantGlu():
+                gelu = op.activation is ops.Activation.GELU_TANH
+                b.glu(at[op.x], self._norm(op.norm), self._matrix(pair_name(op.gate, op.up)), gelu, at[op.out])
+            case ops.RopeAttention():
+                b.attention(self._attention(op))
+            case ops.AddNorm():
+                b.add_norm(at[op.a], at[op.b], self._norm(op.norm), at[op.out])
+            case ops.Add():
+                b.add_norm(at[op.a], at[op.b], self._norm(None), at[op.out])
+            case ops.SelectRows():
+                b.select(at[op.x], at[op.out])
+            case _:
+                raise AssertionError(f"{type(op).__name__} is not a lowered op")
+
+    def _matrix(self, name: str) -> int:
+        if name not in self._matrices:
+            entry = self._weights.entry(name)
+            types = [quant_type.value for quant_type in entry.types]
+            self._matrices[name] = self._builder.matrix(self._weights.array(name), types, *entry.shape)
+        return self._matrices[name]
+
+    def _vector(self, name: str) -> int:
+        if name not in self._vectors:
+            self._vectors[name] = self._builder.vector(self._weights.array(name))
+        return self._vectors[name]
+
+    def _norm(self, norm: NormWeights | None) -> "_native.NormRef":
+        return _native.NormRef(self._vector(norm.weight), norm.eps) if norm else _native.NormRef(-1, 0.0)
+
+    def _rope(self, rope: Rope) -> int:
+        if rope not in self._rope_indices:
+            self.rope_tables[rope] = np.zeros((self._limits.context_tokens, rope.dims), np.float32)
+            self._rope_indices[rope] = self._builder.rope_table(self.rope_tables[rope])
+        return self._rope_indices[rope]
+
+    def _attention(self, op: ops.RopeAttention) -> "_native.AttentionSpec":
+        if op.shape.head_dim % HEAD_DIM_MULTIPLE:
+            raise UnsupportedModel(
+                f"heads of {op.shape.head_dim} columns; the native backend needs a multiple of {HEAD_DIM_MULTIPLE}"
+            )
+        spec = _native.AttentionSpec()
+        spec.q, spec.k, spec.v, spec.out = (self._buffers[value] for value in (op.q, op.k, op.v, op.out))
+        spec.q_norm, spec.k_norm = self._norm(op.q_norm), self._norm(op.k_norm)
+        spec.rope_table = self._rope(op.rope)
+        spec.num_heads, spec.num_kv_heads = op.shape.num_heads, op.shape.num_kv_heads
+        spec.head_dim, spec.scale, spec.window = op.shape.head_dim, op.shape.scale, op.shape.window or 0
+        spec.state, spec.slot = op.state, op.slot
+        return spec

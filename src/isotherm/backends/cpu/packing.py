@@ -1,0 +1,68 @@
+"""Which packed entries a lowered Program needs, and how they are made from stored tensors."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.program import ops
+from isotherm.program.backend import WeightTensor
+from isotherm.program.recorder import Program
+from isotherm.quantization.layouts import dequantise
+from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
+from isotherm.quantization.packed_file import EntryKind, EntrySpec, PackedSink
+from isotherm.types import QuantType
+
+_READ_BYTES = 8 << 20  # of a source tensor at once: source and packed form never stand in memory together
+
+
+def pair_name(gate: str, up: str) -> str:
+    return f"{gate}+{up}"
+
+
+def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: PackedSink) -> None:
+    """Adds every weight of a lowered Program to `sink`, in the order in which ops read them."""
+    seen: set[str] = set()
+    for name, parts in _weights(program):
+        if name in seen:
+            continue
+        seen.add(name)
+        sources = [tensors[part] for part in parts]
+        rows, columns = sources[0].shape
+        if rows == 1:
+            vector = dequantise(sources[0].read(), sources[0].quant_type, columns)[0]
+            spec = EntrySpec(name, EntryKind.VECTOR, (QuantType.F32,), (columns,))
+            sink.add(spec, [vector.view(np.uint8)])
+            continue
+        kind = EntryKind.PAIR if len(sources) == 2 else EntryKind.MATRIX
+        spec = EntrySpec(name, kind, tuple(source.quant_type for source in sources), (rows, columns))
+        sink.add(spec, _pieces(sources))
+
+
+def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Entry names with the tensors that each is made of."""
+    for op in program.ops:
+        match op:
+            case ops.Embed():
+                yield op.weight, (op.weight,)
+            case ops.QuantLinear():
+                for projection in op.projections:
+                    yield projection.weight, (projection.weight,)
+                    if projection.bias:
+                        yield projection.bias, (projection.bias,)
+            case ops.QuantGlu():
+                yield pair_name(op.gate, op.up), (op.gate, op.up)
+        norms = (getattr(op, field, None) for field in ("norm", "q_norm", "k_norm"))
+        yield from ((norm.weight, (norm.weight,)) for norm in norms if norm is not None)
+
+
+def _pieces(sources: list[WeightTensor]) -> Iterator[NDArray[np.uint8]]:
+    rows, columns = sources[0].shape
+    row_bytes = sum(source.quant_type.row_bytes(columns) for source in sources)
+    step = max(1, _READ_BYTES // row_bytes // PANEL_ROWS) * PANEL_ROWS
+    for start in range(0, rows, step):
+        raw = [source.read(start, min(rows, start + step)) for source in sources]
+        if len(raw) == 1:
+            yield from matrix_pieces(raw[0], sources[0].quant_type, columns)
+        else:
+            yield from pair_pieces(raw[0], sources[0].quant_type, raw[1], sources[1].quant_type, columns)

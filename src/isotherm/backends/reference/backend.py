@@ -1,0 +1,183 @@
+"""The backend that is the truth: runs any Program, recorded (float32) or lowered (the contract's arithmetic), in NumPy."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.backends.reference import contract, float32
+from isotherm.program import ops
+from isotherm.program.backend import WeightTensor
+from isotherm.program.batch import Batch
+from isotherm.program.ops import Op, Value
+from isotherm.program.recorder import PAGE_TOKENS, Program
+from isotherm.program.rope import rope_table
+from isotherm.quantization.layouts import Fields, decode, dequantise
+from isotherm.types import Rope
+
+F32 = NDArray[np.float32]
+
+
+class ReferenceBackend:
+    """Weights stay decoded in memory, 4 bytes an element: meant for tests and small models."""
+
+    def __init__(self, tensors: Mapping[str, WeightTensor], *, quant_columns: int = contract.QUANT_COLUMNS) -> None:
+        """tensors: by canonical name. quant_columns: columns per activation scale, 256 or 32."""
+        self._tensors = tensors
+        self._quant_columns = quant_columns
+        self._floats: dict[str, F32] = {}
+        self._fields: dict[str, Fields] = {}
+
+    def compile(self, program: Program, *, num_pages: tuple[int, ...]) -> "CompiledReference":
+        """num_pages: KV pages to hold per state group."""
+        return CompiledReference(program, self, num_pages)
+
+    @property
+    def quant_columns(self) -> int:
+        return self._quant_columns
+
+    def is_float(self, name: str) -> bool:
+        return self._tensors[name].quant_type.is_float
+
+    def floats(self, name: str) -> F32:
+        """Dequantised, [rows, columns]."""
+        if name not in self._floats:
+            tensor = self._tensors[name]
+            self._floats[name] = dequantise(tensor.read(), tensor.quant_type, tensor.shape[1])
+        return self._floats[name]
+
+    def vector(self, name: str) -> F32:
+        return self.floats(name)[0]
+
+    def fields(self, name: str) -> Fields:
+        if name not in self._fields:
+            tensor = self._tensors[name]
+            self._fields[name] = decode(tensor.read(), tensor.quant_type, tensor.shape[1])
+        return self._fields[name]
+
+
+class CompiledReference:
+    """See `program.backend.CompiledProgram`."""
+
+    def __init__(self, program: Program, weights: ReferenceBackend, num_pages: tuple[int, ...]) -> None:
+        self._program = program
+        self._weights = weights
+        self._head = next(i for i, op in enumerate(program.ops) if isinstance(op, ops.SelectRows))
+        self._values: dict[Value, F32] = {}
+        self._ropes: dict[Rope, F32] = {}
+        # [layers, pages, k or v, page positions, kv heads, head_dim]
+        self._kv = [
+            np.zeros((s.num_layers, pages, 2, PAGE_TOKENS, s.num_kv_heads, s.head_dim), np.float32)
+            for s, pages in zip(program.states, num_pages, strict=True)
+        ]
+
+    def forward(self, batch: Batch) -> None:
+        self._batch, self._values = batch, {}
+        for op in self._program.ops[: self._head]:
+            self._step(op, self._values, batch)
+
+    def logits(self, first: int, count: int) -> F32:
+        batch = replace(self._batch, logit_rows=self._batch.logit_rows[first : first + count])
+        values = dict(self._values)
+        for op in self._program.ops[self._head :]:
+            self._step(op, values, batch)
+        return values[self._program.logits]
+
+    def _step(self, op: Op, values: dict[Value, F32], batch: Batch) -> None:
+        w = self._weights
+        match op:
+            case ops.Embed():
+                values[op.out] = w.floats(op.weight)[batch.token_ids] * np.float32(op.scale)
+            case ops.Norm():
+                x = values[op.x].reshape(-1, op.group)
+                values[op.out] = float32.rms_norm(x, w.vector(op.norm.weight), op.norm.eps).reshape(values[op.x].shape)
+            case ops.Linear():
+                values[op.out] = values[op.x] @ w.floats(op.weight).T + (w.vector(op.bias) if op.bias else 0)
+            case ops.RopeOp():
+                heads = values[op.x].reshape(len(values[op.x]), -1, op.head_dim)
+                values[op.out] = float32.rotate(heads, self._rope(op.rope, batch)).reshape(values[op.x].shape)
+            case ops.Attention():
+                values[op.out] = self._attention(op, values, batch, exact=False)
+            case ops.Ffn():
+                x = values[op.x]
+                hidden = float32.activate(x @ w.floats(op.gate).T, op.activation) * (x @ w.floats(op.up).T)
+                values[op.out] = hidden @ w.floats(op.down).T
+            case ops.Add():
+                values[op.out] = values[op.a] + values[op.b]
+            case ops.SelectRows():
+                values[op.out] = values[op.x][batch.logit_rows]
+            case ops.QuantLinear():
+                x, quantised = self._quantise(values[op.x], op.norm)
+                for projection in op.projections:
+                    y = self._project(x, quantised, projection.weight)
+                    if projection.bias:
+                        y = y + w.vector(projection.bias)
+                    values[projection.out] = y if op.residual is None else values[op.residual] + y
+            case ops.QuantGlu():
+                x, quantised = self._quantise(values[op.x], op.norm)
+                gate, up = (self._project(x, quantised, name) for name in (op.gate, op.up))
+                values[op.out] = contract.activate(gate, op.activation) * up
+            case ops.RopeAttention():
+                values[op.out] = self._attention(op, values, batch, exact=True)
+            case ops.AddNorm():
+                values[op.out] = values[op.a] + contract.rms_norm(values[op.b], w.vector(op.norm.weight), op.norm.eps)
+
+    def _quantise(self, x: F32, norm: ops.NormWeights | None) -> tuple[F32, tuple[F32, F32]]:
+        if norm is not None:
+            x = contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps)
+        return x, contract.quantise(x, self._weights.quant_columns)
+
+    def _project(self, x: F32, quantised: tuple[F32, F32], weight: str) -> F32:
+        if self._weights.is_float(weight):
+            return contract.float_matmul(x, self._weights.floats(weight))
+        return contract.quant_matmul(*quantised, self._weights.fields(weight), self._weights.quant_columns)
+
+    def _rope(self, rope: Rope, batch: Batch) -> F32:
+        positions = batch.positions()
+        if len(self._ropes.get(rope, ())) <= positions.max():
+            self._ropes[rope] = rope_table(rope, 0, 2 * int(positions.max()) + 2)
+        return self._ropes[rope][positions]
+
+    def _attention(
+        self, op: ops.Attention | ops.RopeAttention, values: dict[Value, F32], batch: Batch, *, exact: bool
+    ) -> F32:
+        s = op.shape
+        q, k, v = (values[x].reshape(len(batch.token_ids), -1, s.head_dim) for x in (op.q, op.k, op.v))
+        if isinstance(op, ops.RopeAttention):
+            table = self._rope(op.rope, batch)
+            q, k = (
+                contract.rotate(
+                    contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table
+                )
+                for x, norm in ((q, op.q_norm), (k, op.k_norm))
+            )
+            k, v = contract.to_cache(k), contract.to_cache(v)
+        out = np.empty_like(q)
+        start = 0
+        for sequence in batch.sequences:
+            end = start + sequence.num_new
+            pages = self._kv[op.state][op.slot]
+            table_of_pages = sequence.page_tables[op.state]
+            at = np.arange(sequence.num_cached, sequence.num_cached + sequence.num_new)
+            pages[table_of_pages[at // PAGE_TOKENS], 0, at % PAGE_TOKENS] = k[start:end]
+            pages[table_of_pages[at // PAGE_TOKENS], 1, at % PAGE_TOKENS] = v[start:end]
+            seen = np.arange(at[-1] + 1)  # pages that a window has freed are gathered too, and masked
+            keys, cached_values = (pages[table_of_pages[seen // PAGE_TOKENS], i, seen % PAGE_TOKENS] for i in (0, 1))
+            if exact:
+                out[start:end] = self._attend_exactly(q[start:end], keys, cached_values, sequence.num_cached, s)
+            else:
+                out[start:end] = float32.attend(
+                    q[start:end], keys, cached_values, sequence.num_cached, s.scale, s.window
+                )
+            start = end
+        return out.reshape(len(q), -1)
+
+    def _attend_exactly(self, q: F32, keys: F32, values: F32, num_cached: int, s: ops.AttentionShape) -> F32:
+        out = np.empty_like(q)
+        group = s.num_heads // s.num_kv_heads
+        for i in range(len(q)):
+            for head in range(s.num_heads):
+                k, v = keys[:, head // group], values[:, head // group]
+                out[i, head] = contract.attend(q[i, head], k, v, num_cached + i, s.scale, s.window)
+        return out

@@ -1,0 +1,44 @@
+"""The recorded ops in plain float32 on dequantised weights: the truth that quantised arithmetic is measured against."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.program.ops import Activation
+
+F32 = NDArray[np.float32]
+
+
+def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+    """Over the last axis."""
+    mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
+    return x / np.sqrt(mean + np.float32(eps)) * weight
+
+
+def activate(x: F32, activation: Activation) -> F32:
+    with np.errstate(over="ignore"):  # exp of a large -x is infinite, and 1 / inf is the 0 that is meant
+        if activation is Activation.SILU:
+            return x / (1 + np.exp(-x))
+        return x / (1 + np.exp(-1.5957691216 * (x + 0.044715 * x**3)))
+
+
+def rotate(x: F32, table: F32) -> F32:
+    """x [tokens, heads, head_dim], table [tokens, dims]: see program/rope.py."""
+    half = table.shape[1] // 2
+    cos, sin = table[:, None, :half], table[:, None, half:]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def attend(q: F32, k: F32, v: F32, num_cached: int, scale: float, window: int | None) -> F32:
+    """q [tokens, heads, head_dim] at positions num_cached.., k and v [positions, kv_heads, head_dim]."""
+    num_new, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    queries = q.reshape(num_new, -1, group, head_dim).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, head_dim]
+    scores = queries @ k.transpose(1, 2, 0)[:, None] * np.float32(scale)
+    at = np.arange(num_cached, num_cached + num_new)[:, None]
+    seen = np.arange(len(k))[None, :]
+    visible = seen <= at if window is None else (seen <= at) & (seen > at - window)
+    scores = np.where(visible, scores, np.float32(-np.inf))
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = (p / p.sum(axis=-1, keepdims=True)) @ v.transpose(1, 0, 2)[:, None]
+    return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)

@@ -1,0 +1,68 @@
+"""Every error a caller can meet. Each message says what, where and the way out.
+
+IsothermError
+├── OptionError            an option, argument or setting is wrong (also a ValueError)
+├── ModelNotFound          no model goes by that name
+├── DownloadError          a model could not be fetched
+├── ModelFileError         a model file is damaged, or is not what it claims to be
+│   ├── UnsupportedModel   a sound file that asks for something this version lacks
+│   └── ModelFileChanged   the file was changed after it was opened
+├── TemplateError          the model's chat template failed, or ran past its limits
+├── ContextOverflow        the prompt and the answer do not fit the context
+├── InsufficientMemory     the model, with its KV pages, does not fit this machine
+└── UnsupportedCpu         the instruction set that was asked for is not to be had here
+
+A broken promise of the engine itself is an AssertionError, never one of these.
+"""
+
+
+class IsothermError(Exception):
+    """The root: catch this to catch everything a user can cause or mend."""
+
+
+class OptionError(IsothermError, ValueError):
+    """An option, argument, environment variable or config value is wrong."""
+
+
+class ModelNotFound(IsothermError):
+    """No file, alias or repository goes by this name; the message lists what is near."""
+
+
+class DownloadError(IsothermError):
+    """A model could not be fetched: no network, refused, wrong hash or a full disk."""
+
+
+class ModelFileError(IsothermError):
+    """A model file is damaged or is not what it claims; names the file, what was read and what was expected."""
+
+
+class UnsupportedModel(ModelFileError):
+    """The file is sound, but its architecture, tensor type or tokenizer is not supported; lists what is."""
+
+
+class ModelFileChanged(ModelFileError):
+    """The file was replaced, truncated or rewritten after it was opened."""
+
+
+class TemplateError(IsothermError):
+    """The chat template is not valid, asked for something forbidden, or ran past its limits."""
+
+
+class ContextOverflow(IsothermError):
+    """The request needs more positions than the context has.
+
+    num_tokens: positions the request needs; context_tokens: positions there are.
+    """
+
+    def __init__(self, message: str, *, num_tokens: int, context_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+        self.context_tokens = context_tokens
+
+
+class InsufficientMemory(IsothermError):
+    """The forecast of weights, KV pages and work buffers does not fit; names each part in bytes."""
+
+
+class UnsupportedCpu(IsothermError):
+    """The forced instruction set is unknown, or this processor lacks it."""

@@ -1,0 +1,98 @@
+"""An open model file as models and packing see it: canonical names, canonical row orders, whatever the format."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from isotherm.errors import ModelFileError
+from isotherm.formats.families import read_config, read_tensors
+from isotherm.formats.gguf import GgufFile, open_gguf
+from isotherm.formats.gguf_tables import FILE_TYPES
+from isotherm.formats.tensor_source import TensorSource
+from isotherm.formats.tokenizer_spec import read_tokenizer
+from isotherm.types import ModelConfig, TokenizerSpec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked model file, open until `close`; a context manager.
+
+    Tensors go by canonical names: `embed`, `final_norm`, `head` (absent where tied to embed) and, per layer i,
+    `layers.{i}.` with attn_norm, q, k, v, q_bias, k_bias, v_bias, o, q_norm, k_norm, post_attn_norm, ffn_norm, gate,
+    up, down, post_ffn_norm, as far as the family has them. Rotary pairs of q and k stand in halves.
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorSource]
+    tokenizer: TokenizerSpec
+    identity: str  # hex; differs where any byte of the model may differ
+    quantization: str  # Q4_K_M and the like
+    num_parameters: int
+    metadata: Mapping[str, bool | int | float | str]  # the file's own keys (general.license, ...), for a person to read
+    _file: GgufFile = field(repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open the GGUF model at `path`, any part of it where it is split, and check all but the weights' values.
+
+    Raises ModelNotFound, ModelFileError (damaged or contradictory) and UnsupportedModel (sound, but not for us).
+    """
+    file = open_gguf(path)
+    try:
+        return _read_checkpoint(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read_checkpoint(file: GgufFile) -> Checkpoint:
+    config = read_config(file)
+    tensors = read_tensors(file, config)
+    tokenizer = read_tokenizer(file.metadata)
+    if len(tokenizer.tokens) != config.vocab_size:
+        raise ModelFileError(
+            f"{file.path}: the tokenizer has {len(tokenizer.tokens)} tokens and token_embd.weight {config.vocab_size} "
+            "rows, which must be equal"
+        )
+    return Checkpoint(
+        path=file.path,
+        config=config,
+        tensors=MappingProxyType(tensors),
+        tokenizer=tokenizer,
+        identity=file.identity.hex(),
+        quantization=_quantization_label(file, tensors),
+        num_parameters=sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values()),
+        metadata=MappingProxyType(file.metadata.scalars()),
+        _file=file,
+    )
+
+
+def _quantization_label(file: GgufFile, tensors: Mapping[str, TensorSource]) -> str:
+    """The mix the writer named, or else the type that most bytes are in."""
+    label = FILE_TYPES.get(file.metadata.integer("general.file_type", low=0, high=1 << 32, default=1 << 32))
+    if label:
+        return label
+    num_bytes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        num_bytes[tensor.quant_type.value] += tensor.num_bytes
+    return num_bytes.most_common(1)[0][0]

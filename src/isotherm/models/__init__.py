@@ -1,0 +1,13 @@
+"""One file per family: config in, Program out."""
+
+from collections.abc import Callable
+
+from isotherm.models import gemma3, llama
+from isotherm.program.recorder import Program
+from isotherm.types import ModelConfig
+
+FAMILIES: dict[str, Callable[[ModelConfig], Program]] = {
+    "llama": llama.record,
+    "qwen2": llama.record,  # its biases on QKV are the config's
+    "gemma3": gemma3.record,
+}

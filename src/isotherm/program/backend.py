@@ -1,0 +1,36 @@
+"""The seam between engine and machines: what a backend reads, and what it compiles a Program to."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.program.batch import Batch
+from isotherm.types import QuantType
+
+
+class WeightTensor(Protocol):
+    """A stored tensor in canonical row order; a vector has one row."""
+
+    @property
+    def quant_type(self) -> QuantType: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def read(self, row_start: int = 0, row_end: int | None = None) -> NDArray[np.uint8]:
+        """Stored bytes, uint8 [rows, row bytes]."""
+
+
+class CompiledProgram(Protocol):
+    """A Program on one machine, with its KV pages. Not thread safe: one batch at a time."""
+
+    def forward(self, batch: Batch) -> None:
+        """Computes the batch up to the rows that the head reads; appends keys and values to the batch's pages.
+
+        An interrupt (Ctrl-C) stops it between ops and is raised; what it appended is then not to be used.
+        """
+
+    def logits(self, first: int, count: int) -> NDArray[np.float32]:
+        """Logits [count, vocab_size] of the last batch's logit rows from `first` on."""

@@ -1,0 +1,126 @@
+"""Rewrites a recorded Program into the fused ops that a quantising backend runs.
+
+Four patterns, each tried on the op at hand with the ops that use its result:
+
+    Norm -> Linear.. | Ffn            the norm moves into the op that quantises
+    Linear, Linear.. of one input     one QuantLinear: the input is quantised once (Q, K and V)
+    Linear -> Add                     QuantLinear with a residual
+    Norm -> Add                       AddNorm
+    [Norm] -> RopeOp -> Attention     RopeAttention
+
+An intermediate value that anything else reads stops its pattern; what no pattern covers is an AssertionError.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from isotherm.program import ops
+from isotherm.program.ops import NormWeights, Op, Projection, Value
+from isotherm.program.recorder import Program
+
+
+def lower(program: Program) -> Program:
+    """The same function of tokens, in ops of the second group of `ops.py`."""
+    lowered = _Lowering(program).run()
+    return replace(program, ops=tuple(lowered))
+
+
+class _Lowering:
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._num_values = 1 + max(value.index for op in program.ops for value in ops.outputs(op))
+        self._maker: dict[Value, Op] = {value: op for op in program.ops for value in ops.outputs(op)}
+        self._readers: dict[Value, list[Op]] = defaultdict(list)
+        for op in program.ops:
+            for value in ops.inputs(op):
+                self._readers[value].append(op)
+        self._done: set[Value] = set()  # written by a fused op that was emitted before
+        self._out: list[Op] = []
+
+    def run(self) -> list[Op]:
+        for op in self._program.ops:
+            if self._done.issuperset(ops.outputs(op)):
+                continue
+            match op:
+                case ops.Embed() | ops.SelectRows():
+                    self._out.append(op)
+                case ops.Linear():
+                    self._linear(op)
+                case ops.Ffn():
+                    self._ffn(op)
+                case ops.Attention():
+                    self._attention(op)
+                case ops.Norm():
+                    self._norm(op)
+                case ops.RopeOp():
+                    self._absorbed(op.out, (ops.Attention,))
+                case ops.Add():
+                    self._out.append(op)
+                case _:
+                    raise AssertionError(f"lowering meets {op}")
+        return self._out
+
+    def _absorbed(self, value: Value, kinds: tuple[type, ...]) -> None:
+        readers = self._readers[value]
+        assert readers and all(isinstance(reader, kinds) for reader in readers), f"{value} is not fused away"
+
+    def _norm(self, op: ops.Norm) -> None:
+        add = self._only_reader(op.out, ops.Add)
+        if add is None:
+            return self._absorbed(op.out, (ops.Linear, ops.Ffn, ops.RopeOp))
+        assert op.group == op.x.width
+        self._out.append(ops.AddNorm(add.out, add.a if add.b == op.out else add.b, op.x, op.norm))
+        self._done.add(add.out)
+        return None
+
+    def _only_reader(self, value: Value, kind: type[ops.Add]) -> ops.Add | None:
+        readers = self._readers[value]
+        return readers[0] if len(readers) == 1 and isinstance(readers[0], kind) else None
+
+    def _input_of(self, x: Value) -> tuple[Value, NormWeights | None]:
+        """What a quantising op reads for `x`: the value before its norm, and that norm."""
+        maker = self._maker[x]
+        if isinstance(maker, ops.Norm) and maker.group == x.width:
+            return maker.x, maker.norm
+        return x, None
+
+    def _linear(self, op: ops.Linear) -> None:
+        siblings = [reader for reader in self._readers[op.x] if isinstance(reader, ops.Linear)]
+        x, norm = self._input_of(op.x)
+        add = self._only_reader(op.out, ops.Add) if len(siblings) == 1 else None
+        if add is not None:
+            residual = add.a if add.b == op.out else add.b
+            self._out.append(ops.QuantLinear(x, norm, (Projection(add.out, op.weight, op.bias),), residual))
+            self._done.add(add.out)
+            return
+        projections = tuple(Projection(linear.out, linear.weight, linear.bias) for linear in siblings)
+        self._out.append(ops.QuantLinear(x, norm, projections, None))
+        self._done.update(linear.out for linear in siblings)
+
+    def _ffn(self, op: ops.Ffn) -> None:
+        x, norm = self._input_of(op.x)
+        hidden = Value(self._num_values, op.ffn_size)
+        self._num_values += 1
+        self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
+        add = self._only_reader(op.out, ops.Add)
+        out, residual = op.out, None
+        if add is not None:
+            out, residual = add.out, add.a if add.b == op.out else add.b
+            self._done.add(add.out)
+        self._out.append(ops.QuantLinear(hidden, None, (Projection(out, op.down, None),), residual))
+
+    def _attention(self, op: ops.Attention) -> None:
+        q, rope, q_norm = self._before_attention(op.q)
+        k, k_rope, k_norm = self._before_attention(op.k)
+        assert rope == k_rope
+        fused = ops.RopeAttention(op.out, q, k, op.v, q_norm, k_norm, rope, op.shape, op.state, op.slot)
+        self._out.append(fused)
+
+    def _before_attention(self, value: Value) -> tuple[Value, ops.Rope, NormWeights | None]:
+        rotated = self._maker[value]
+        assert isinstance(rotated, ops.RopeOp)
+        normed = self._maker[rotated.x]
+        if isinstance(normed, ops.Norm):
+            assert normed.group == rotated.head_dim
+            return normed.x, rotated.rope, normed.norm
+        return rotated.x, rotated.rope, None

@@ -1,0 +1,226 @@
+"""The op vocabulary: what recorders write, and what lowering turns it into.
+
+A Program is a flat list of ops over Values. Every Value is float32 [tokens, width]; `tokens` is the batch's, save after
+SelectRows, where it is the number of logit rows. Weights are named, never held. Recorders use the ops of the first
+group and never fuse; lowering replaces them by those of the second group, which a quantising backend runs.
+"""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+from isotherm.types import Rope
+
+
+class Activation(Enum):
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One activation; `index` is its place in the order of recording."""
+
+    index: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"%{self.index}"
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """RMS norm: x / sqrt(mean(x * x) + eps) * weight (Zhang and Sennrich, 2019)."""
+
+    weight: str
+    eps: float
+
+    def __str__(self) -> str:
+        return f"rms({self.weight}, eps={self.eps:.3g})"
+
+
+# --- recorded -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out = scale * rows of `weight` by token id."""
+
+    out: Value
+    weight: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm over each run of `group` columns: the whole width, or one head."""
+
+    out: Value
+    x: Value
+    norm: NormWeights
+    group: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out = x @ weight.T + bias."""
+
+    out: Value
+    x: Value
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class RopeOp:
+    """Rotates the first `rope.dims` of each head by its token's position."""
+
+    out: Value
+    x: Value
+    rope: Rope
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # on the scores
+    window: int | None  # a query sees itself and the window - 1 positions before it; None: all
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Appends k and v to the cache, then softmax(q k scale) v, causal. `state` names the group, `slot` the layer in it."""
+
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    shape: AttentionShape
+    state: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """out = (activation(x @ gate.T) * (x @ up.T)) @ down.T: the one seam for sparsity."""
+
+    out: Value
+    x: Value
+    gate: str
+    up: str
+    down: str
+    ffn_size: int
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Add:
+    out: Value
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """Keeps the rows that the batch wants logits for."""
+
+    out: Value
+    x: Value
+
+
+# --- lowered --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matmul of a group: out = q(x) @ weight.T + bias in the arithmetic of the contract."""
+
+    out: Value
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class QuantLinear:
+    """Quantises norm(x) once and runs every projection over it; one with a residual has one projection."""
+
+    x: Value
+    norm: NormWeights | None
+    projections: tuple[Projection, ...]
+    residual: Value | None
+
+
+@dataclass(frozen=True)
+class QuantGlu:
+    """out = activation(q(norm(x)) @ gate.T) * (q(norm(x)) @ up.T), gate and up packed as one stream."""
+
+    out: Value
+    x: Value
+    norm: NormWeights | None
+    gate: str
+    up: str
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class RopeAttention:
+    """Norms and rotates q and k, appends k and v, attends: everything between QKV and O."""
+
+    out: Value
+    q: Value
+    k: Value
+    v: Value
+    q_norm: NormWeights | None
+    k_norm: NormWeights | None
+    rope: Rope
+    shape: AttentionShape
+    state: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """out = a + norm(b): the residual of a family that norms what a block adds."""
+
+    out: Value
+    a: Value
+    b: Value
+    norm: NormWeights
+
+
+RecordedOp = Embed | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
+LoweredOp = Embed | QuantLinear | QuantGlu | RopeAttention | AddNorm | SelectRows | Add
+Op = RecordedOp | QuantLinear | QuantGlu | RopeAttention | AddNorm
+
+
+def outputs(op: Op) -> tuple[Value, ...]:
+    """Values that `op` writes."""
+    if isinstance(op, QuantLinear):
+        return tuple(projection.out for projection in op.projections)
+    return (op.out,)
+
+
+def inputs(op: Op) -> tuple[Value, ...]:
+    """Values that `op` reads."""
+    written = outputs(op)
+    return tuple(v for f in fields(op) if isinstance(v := getattr(op, f.name), Value) and v not in written)
+
+
+def show(item: Any) -> str:
+    """One op, or a part of one, as the text dump has it."""
+    if isinstance(item, tuple):
+        return "[" + ", ".join(show(part) for part in item) + "]"
+    if isinstance(item, Enum):
+        return str(item.value)
+    if isinstance(item, float):
+        return f"{item:.6g}"
+    if isinstance(item, Value | NormWeights | str | int) or item is None:
+        return str(item)
+    if isinstance(item, Projection):
+        bias = f" + {item.bias}" if item.bias else ""
+        return f"{item.out}: {item.out.width} = {item.weight}{bias}"
+    pairs = ", ".join(f"{f.name}={show(getattr(item, f.name))}" for f in fields(item) if f.name != "out")
+    return f"{type(item).__name__}({pairs})"

@@ -1,0 +1,117 @@
+"""Program and the recorder that a model family writes it with."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from isotherm.program import ops
+from isotherm.program.ops import Activation, AttentionShape, NormWeights, Op, Value
+from isotherm.types import Rope
+
+PAGE_TOKENS = 64  # positions of one KV page
+
+
+class StateKind(Enum):
+    KV = "kv"
+    KV_WINDOW = "kv_window"  # pages that no later token can see are freed
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What one group of layers keeps between steps: keys and values, one page table per sequence."""
+
+    kind: StateKind
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers of the group: keys and values in float16."""
+        return self.num_layers * self.num_kv_heads * self.head_dim * PAGE_TOKENS * 2 * 2
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model, recorded. `logits` is the last value, [logit rows, vocab_size]."""
+
+    family: str
+    ops: tuple[Op, ...]
+    states: tuple[StateSpec, ...]
+    logits: Value
+
+    def dump(self) -> str:
+        """The Program as text, an op a line: what a reviewer sees the diff of."""
+        lines = [f"program {self.family}"]
+        for index, state in enumerate(self.states):
+            window = f", window={state.window}" if state.window else ""
+            lines.append(
+                f"  state {index}: {state.kind.value}, {state.num_layers} layers, "
+                f"{state.num_kv_heads} x {state.head_dim}{window}"
+            )
+        for op in self.ops:
+            written = "" if isinstance(op, ops.QuantLinear) else f"{op.out}: {op.out.width} = "
+            lines.append(f"  {written}{ops.show(op)}")
+        return "\n".join([*lines, f"  return {self.logits}", ""])
+
+
+class Recorder:
+    """Writes a Program op by op; every method returns the Value that its op makes."""
+
+    def __init__(self, family: str, states: tuple[StateSpec, ...]) -> None:
+        self._family = family
+        self._states = states
+        self._slots = [0] * len(states)
+        self._ops: list[Op] = []
+        self._num_values = 0
+
+    def _value(self, width: int) -> Value:
+        self._num_values += 1
+        return Value(self._num_values - 1, width)
+
+    def embed(self, weight: str, width: int, scale: float = 1.0) -> Value:
+        out = self._value(width)
+        self._ops.append(ops.Embed(out, weight, scale))
+        return out
+
+    def norm(self, x: Value, weight: str, eps: float, group: int | None = None) -> Value:
+        out = self._value(x.width)
+        self._ops.append(ops.Norm(out, x, NormWeights(weight, eps), group or x.width))
+        return out
+
+    def linear(self, x: Value, weight: str, width: int, bias: str | None = None) -> Value:
+        out = self._value(width)
+        self._ops.append(ops.Linear(out, x, weight, bias))
+        return out
+
+    def rope(self, x: Value, rope: Rope, head_dim: int) -> Value:
+        out = self._value(x.width)
+        self._ops.append(ops.RopeOp(out, x, rope, head_dim))
+        return out
+
+    def attention(self, q: Value, k: Value, v: Value, shape: AttentionShape, state: int) -> Value:
+        """Takes the next free slot of `state`, so that call order is layer order."""
+        out = self._value(q.width)
+        self._ops.append(ops.Attention(out, q, k, v, shape, state, self._slots[state]))
+        self._slots[state] += 1
+        return out
+
+    def ffn(self, x: Value, names: tuple[str, str, str], ffn_size: int, activation: Activation) -> Value:
+        """`names` are the weights gate, up and down."""
+        out = self._value(x.width)
+        self._ops.append(ops.Ffn(out, x, *names, ffn_size, activation))
+        return out
+
+    def add(self, a: Value, b: Value) -> Value:
+        out = self._value(a.width)
+        self._ops.append(ops.Add(out, a, b))
+        return out
+
+    def select_rows(self, x: Value) -> Value:
+        out = self._value(x.width)
+        self._ops.append(ops.SelectRows(out, x))
+        return out
+
+    def finish(self, logits: Value) -> Program:
+        assert self._slots == [state.num_layers for state in self._states], "a state has a slot that no layer took"
+        return Program(self._family, tuple(self._ops), self._states, logits)

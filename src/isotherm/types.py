@@ -1,0 +1,132 @@
+"""Small frozen values that every room may speak of."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class QuantType(Enum):
+    """How a weight tensor is stored; the value is the name GGUF gives the type."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q4_0 = "Q4_0"
+    Q4_1 = "Q4_1"
+    Q5_0 = "Q5_0"
+    Q5_1 = "Q5_1"
+    Q8_0 = "Q8_0"
+    Q4_K = "Q4_K"
+    Q5_K = "Q5_K"
+    Q6_K = "Q6_K"
+
+    @property
+    def block_elements(self) -> int:
+        """Consecutive elements of a row that share one block of bytes."""
+        return _BLOCKS[self][0]
+
+    @property
+    def block_bytes(self) -> int:
+        return _BLOCKS[self][1]
+
+    @property
+    def is_float(self) -> bool:
+        return self in (QuantType.F32, QuantType.F16, QuantType.BF16)
+
+    def row_bytes(self, num_columns: int) -> int:
+        """Bytes of one row; `num_columns` is a multiple of `block_elements`."""
+        assert num_columns % self.block_elements == 0
+        return num_columns // self.block_elements * self.block_bytes
+
+
+# elements, bytes of a block (GGUF specification, ggml block structures)
+_BLOCKS: dict[QuantType, tuple[int, int]] = {
+    QuantType.F32: (1, 4),
+    QuantType.F16: (1, 2),
+    QuantType.BF16: (1, 2),
+    QuantType.Q4_0: (32, 18),
+    QuantType.Q4_1: (32, 20),
+    QuantType.Q5_0: (32, 22),
+    QuantType.Q5_1: (32, 24),
+    QuantType.Q8_0: (32, 34),
+    QuantType.Q4_K: (256, 144),
+    QuantType.Q5_K: (256, 176),
+    QuantType.Q6_K: (256, 210),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding over the first `dims` of a head, halves rotated against each other.
+
+    Angle of pair i at position p: p * position_scale * base ** (-2 i / dims) / factors[i].
+    """
+
+    base: float
+    dims: int
+    position_scale: float = 1.0
+    factors: tuple[float, ...] | None = None  # [dims / 2]; Llama 3 stretches the slow pairs only
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a family's recorder needs to know of a model, whatever file it came from."""
+
+    family: str
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_tokens: int
+    norm_eps: float
+    rope: Rope
+    tied_head: bool
+    qkv_bias: bool = False
+    attention_scale: float | None = None  # on the scores; None: head_dim ** -0.5
+    # Layers with a sliding window use `local_rope`; each `global_every`-th layer attends to everything.
+    sliding_window: int | None = None
+    local_rope: Rope | None = None
+    global_every: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as the model file describes it."""
+
+    model: str  # "gpt2": byte-level BPE; "llama": SentencePiece by score
+    pre: str  # name of the pre-tokenizer rule, "default" where the file is silent
+    tokens: tuple[str, ...]
+    token_types: tuple[int, ...]  # GGUF: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte
+    scores: tuple[float, ...]  # empty for BPE
+    merges: tuple[str, ...]  # "left right" in order of rank; empty for SentencePiece
+    bos_id: int | None
+    eos_id: int | None
+    eot_id: int | None
+    unknown_id: int | None
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy; a neutral value switches its rule off.
+
+    Order: logit_bias, penalties, top_k, top_p, min_p, temperature, draw. `seed` None draws a fresh seed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_tokens: int = 64  # how many of the last tokens the penalties see; -1 all
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    num_logprobs: int = 0

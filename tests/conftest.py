@@ -1,0 +1,47 @@
+"""Fixtures for all tests: the folder of shared material beside the checkout, and the real models it can fetch."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+def _shared() -> Path:
+    return Path(os.environ.get("ISOTHERM_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+@cache
+def _fetch(name: str) -> Path | str:
+    """The path of a real model, or why there is none."""
+    script = _shared() / "models" / "get.py"
+    if not script.is_file():
+        return f"no shared material: {script} is missing (ISOTHERM_SHARED names its folder)"
+    run = subprocess.run([sys.executable, script, name], capture_output=True, text=True, timeout=600)
+    if run.returncode != 0:
+        return f"{name} could not be fetched: {run.stderr.strip()[-300:]}"
+    return Path(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The shared folder (golden answers, texts, models); skips where it is missing."""
+    if not _shared().is_dir():
+        pytest.skip(f"no shared material at {_shared()} (ISOTHERM_SHARED names its folder)")
+    return _shared()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """`real_model("smollm2-135m")`: path of a model by its name in get.py, fetched once; skips where it cannot be had."""
+
+    def path_of(name: str) -> Path:
+        found = _fetch(name)
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    return path_of
