@@ -36,7 +36,7 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def real_model() -> Callable[[str], Path]:
-    """`real_model("smollm2-135m")`: path of a model by its name in get.py, fetched once; skips where it cannot be had."""
+    """`real_model("smollm2-135m")`: the path of a model by its name in get.py; skips where it cannot be had."""
 
     def path_of(name: str) -> Path:
         found = _fetch(name)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
@@ -71,7 +72,7 @@ def make_corpus(folder: Path) -> list[tuple[bytes, int]]:
     """Sound files, each with the bytes of its header."""
     raw = RawGguf()
     corpus = [(raw.build(), len(raw.header()))]
-    sizes = {"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "num_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "num_layers": 1}
     for family, quant_type in (("llama", QuantType.Q8_0), ("qwen2", QuantType.Q4_0), ("gemma3", QuantType.F16)):
         for vocab in ("bpe", "spm"):
             path = write_tiny(folder / "sound.gguf", family, quant_type, vocab=vocab, **sizes)

@@ -127,8 +127,8 @@ def test_rows_are_read_by_range(tmp_path: Path) -> None:
 
 def test_type_tables_equal_those_of_gguf_package() -> None:
     ours = {number: quant_type.value for number, quant_type in TENSOR_TYPES.items()} | UNSUPPORTED_TENSOR_TYPES
-    for quant_type in gguf.GGMLQuantizationType:
-        assert ours[quant_type.value] == quant_type.name
+    for theirs in gguf.GGMLQuantizationType:
+        assert ours[theirs.value] == theirs.name
     for number, quant_type in TENSOR_TYPES.items():
         block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
         assert (quant_type.block_elements, quant_type.block_bytes) == (block_elements, block_bytes)
@@ -208,7 +208,7 @@ def test_damaged_part_is_named(tmp_path: Path) -> None:
 def test_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     paths[1].write_bytes(paths[1].read_bytes().replace(b"tensor.3", b"tensor.0"))
-    with pytest.raises(ModelFileError, match="'tensor.0' is in an earlier part too"):
+    with pytest.raises(ModelFileError, match=r"'tensor\.0' is in an earlier part too"):
         open_gguf(paths[0])
 
 

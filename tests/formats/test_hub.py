@@ -122,8 +122,10 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub: FakeHub, monkeypatch: p
     assert any(request.authorization == "Bearer hf_secret" for request in hub.requests)
 
 
-def test_in_a_process_of_its_own_without_telemetry(hub: FakeHub, tmp_path: Path) -> None:
-    script = f"from isotherm.formats.names import resolve; print(resolve({REPO + ':Q8_0'!r}))"
+@pytest.mark.parametrize("before", ["", "import huggingface_hub.constants as c; c.HF_HUB_DISABLE_TELEMETRY = False; "])
+def test_in_a_process_of_its_own_without_telemetry(hub: FakeHub, before: str) -> None:
+    script = f"{before}from isotherm.formats.names import resolve; print(resolve({REPO + ':Q8_0'!r})); "
+    script += "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).read_bytes() == FILES[Q8]
     assert done.stderr == ""
@@ -317,6 +319,23 @@ def test_list_and_remove_exactly_one(hub: FakeHub) -> None:
     assert not (hub_cache_dir() / "models--acme--Tiny-Chat-GGUF").exists()
     with pytest.raises(ModelNotFound, match="not on this disk"):
         remove(REPO)
+
+
+def test_a_blob_that_another_model_shares_is_kept(hub: FakeHub) -> None:
+    hub.files["same-bytes-q5_0.gguf"] = FILES[Q8]
+    resolve(f"{REPO}:Q8_0")
+    resolve(f"{REPO}:Q5_0")
+    assert remove(f"{REPO}:Q8_0") == 0
+    assert resolve(f"{REPO}:Q5_0", offline=True).read_bytes() == FILES[Q8]
+
+
+def test_a_copy_of_the_repository_is_left_alone(hub: FakeHub) -> None:
+    resolve(f"{REPO}:Q8_0")
+    hub.repo = "mirror/Tiny-Chat-GGUF"  # the same commits under another name
+    copy = resolve(f"{hub.repo}:Q8_0")
+    assert remove(f"{REPO}:Q8_0") == 400_000
+    assert [model.path for model in local_models()] == [copy]
+    assert copy.read_bytes() == FILES[Q8]
 
 
 def test_a_file_outside_the_caches_is_not_removed(hub: FakeHub, tmp_path: Path) -> None:

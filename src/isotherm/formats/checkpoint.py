@@ -15,6 +15,8 @@ from isotherm.formats.tensor_source import TensorSource
 from isotherm.formats.tokenizer_spec import read_tokenizer
 from isotherm.types import ModelConfig, TokenizerSpec
 
+MAX_FILE_TYPE = (1 << 32) - 1
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -89,9 +91,10 @@ def _read_checkpoint(file: GgufFile) -> Checkpoint:
 
 def _quantization_label(file: GgufFile, tensors: Mapping[str, TensorSource]) -> str:
     """The mix the writer named, or else the type that most bytes are in."""
-    label = FILE_TYPES.get(file.metadata.integer("general.file_type", low=0, high=1 << 32, default=1 << 32))
-    if label:
-        return label
+    key = "general.file_type"
+    file_type = file.metadata.integer(key, low=0, high=MAX_FILE_TYPE) if file.metadata.has(key) else None
+    if file_type in FILE_TYPES:
+        return FILE_TYPES[file_type]
     num_bytes: Counter[str] = Counter()
     for tensor in tensors.values():
         num_bytes[tensor.quant_type.value] += tensor.num_bytes

@@ -6,7 +6,7 @@ a file of a snapshot is a link to its blob (a copy where links are not to be had
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isotherm.formats.folders import hub_cache_dir
@@ -134,14 +134,11 @@ def remove_cached(entry: CachedModel) -> int:
     others = {path for path in folder.glob("snapshots/*/**/*") if not path.is_dir()} - own
     if not others:
         return _remove_repository(folder)
-    kept_blobs = {path.resolve() for path in others}
-    freed_bytes = 0
-    for path in own:
-        blob = path.resolve()
-        path.unlink()
-        if blob not in kept_blobs and blob.is_relative_to(folder.resolve()):
-            freed_bytes += blob.stat().st_size if blob.exists() else 0
-            blob.unlink(missing_ok=True)
+    blobs = {path.resolve() for path in own} - {path.resolve() for path in others}
+    doomed = {blob for blob in blobs if blob.is_relative_to(folder.resolve())}
+    freed_bytes = sum(blob.stat().st_size for blob in doomed)
+    for path in own | doomed:
+        path.unlink(missing_ok=True)  # without links the file is its own blob
     return freed_bytes
 
 
@@ -158,8 +155,13 @@ def _remove_repository(folder: Path) -> int:
     from huggingface_hub import scan_cache_dir
 
     cache = scan_cache_dir(hub_cache_dir())
-    revisions = [revision for repo in cache.repos if repo.repo_path.name == folder.name for revision in repo.revisions]
-    strategy = cache.delete_revisions(*(revision.commit_hash for revision in revisions))
+    repos = frozenset(repo for repo in cache.repos if repo.repo_path.name == folder.name)
+    if not repos:
+        raise OSError(f"huggingface_hub does not recognise {folder} as a repository; delete that folder yourself")
+    # the library finds revisions by hash alone, and a copy of a repository has the same hashes
+    strategy = replace(cache, repos=repos).delete_revisions(
+        *(revision.commit_hash for repo in repos for revision in repo.revisions)
+    )
     strategy.execute()
     return int(strategy.expected_freed_size)
 

@@ -1,16 +1,16 @@
 """The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm import _native
+from isotherm.backends.cpu.buffers import plan_buffers
+from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.errors import UnsupportedModel
 from isotherm.program import ops
 from isotherm.program.batch import Batch
-from isotherm.program.ops import NormWeights, Value
+from isotherm.program.ops import NormWeights
 from isotherm.program.recorder import Program
 from isotherm.program.rope import rope_table
 from isotherm.quantization.packed_file import PackedWeights
@@ -20,16 +20,6 @@ F32 = NDArray[np.float32]
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
-
-
-@dataclass(frozen=True)
-class CpuLimits:
-    """What a compiled Program is made for; work memory grows with it."""
-
-    context_tokens: int  # highest position + 1
-    num_pages: tuple[int, ...]  # KV pages by state group
-    max_tokens: int = 512  # of a batch
-    max_head_rows: int = 64  # logit rows that one call of `logits` may ask for
 
 
 class CpuBackend:
@@ -84,7 +74,7 @@ class CompiledCpu:
 
 
 class _Compiler:
-    """Gives every value a buffer, every weight an index, and writes the steps."""
+    """Gives every weight an index and writes the steps."""
 
     def __init__(
         self, builder: "_native.ProgramBuilder", program: Program, weights: PackedWeights, limits: CpuLimits
@@ -97,33 +87,18 @@ class _Compiler:
         self._rope_indices: dict[Rope, int] = {}
         self._matrices: dict[str, int] = {}
         self._vectors: dict[str, int] = {}
-        self._buffers: dict[Value, int] = {}
-        self._free: dict[int, list[int]] = {}  # buffers by width that no value holds
-        self._last_reader = {value: i for i, op in enumerate(program.ops) for value in ops.inputs(op)}
+        self._buffers = plan_buffers(program)
 
     def compile(self) -> None:
         for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
             self._builder.pool(state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
-        for index, op in enumerate(self._program.ops):
-            for value in ops.outputs(op):
-                self._allocate(value)
+        for width in self._buffers.widths:
+            self._builder.buffer(width)
+        for op in self._program.ops:
             self._step(op)
-            if not isinstance(op, ops.SelectRows):  # the head may run again: what it selects from stays
-                self._release(op, index)
-
-    def _allocate(self, value: Value) -> None:
-        free = self._free.get(value.width)
-        # The logits' buffer is the caller's array, and the builder's last.
-        reuse = free and value != self._program.logits
-        self._buffers[value] = free.pop() if free and reuse else self._builder.buffer(value.width)
-
-    def _release(self, op: ops.Op, index: int) -> None:
-        for value in set(ops.inputs(op)):
-            if self._last_reader[value] == index:
-                self._free.setdefault(value.width, []).append(self._buffers[value])
 
     def _step(self, op: ops.Op) -> None:
-        b, at = self._builder, self._buffers
+        b, at = self._builder, self._buffers.at
         match op:
             case ops.Embed():
                 b.embed(self._matrix(op.weight), op.scale, at[op.out])
@@ -173,7 +148,7 @@ class _Compiler:
                 f"heads of {op.shape.head_dim} columns; the native backend needs a multiple of {HEAD_DIM_MULTIPLE}"
             )
         spec = _native.AttentionSpec()
-        spec.q, spec.k, spec.v, spec.out = (self._buffers[value] for value in (op.q, op.k, op.v, op.out))
+        spec.q, spec.k, spec.v, spec.out = (self._buffers.at[value] for value in (op.q, op.k, op.v, op.out))
         spec.q_norm, spec.k_norm = self._norm(op.q_norm), self._norm(op.k_norm)
         spec.rope_table = self._rope(op.rope)
         spec.num_heads, spec.num_kv_heads = op.shape.num_heads, op.shape.num_kv_heads

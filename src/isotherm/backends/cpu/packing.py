@@ -20,23 +20,33 @@ def pair_name(gate: str, up: str) -> str:
     return f"{gate}+{up}"
 
 
-def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: PackedSink) -> None:
-    """Adds every weight of a lowered Program to `sink`, in the order in which ops read them."""
-    seen: set[str] = set()
+def packed_entries(
+    program: Program, tensors: Mapping[str, WeightTensor]
+) -> list[tuple[EntrySpec, list[WeightTensor]]]:
+    """Every weight of a lowered Program in the order in which ops read them, with the tensors that it is made of."""
+    entries: dict[str, tuple[EntrySpec, list[WeightTensor]]] = {}
     for name, parts in _weights(program):
-        if name in seen:
+        if name in entries:
             continue
-        seen.add(name)
         sources = [tensors[part] for part in parts]
         rows, columns = sources[0].shape
         if rows == 1:
-            vector = dequantise(sources[0].read(), sources[0].quant_type, columns)[0]
             spec = EntrySpec(name, EntryKind.VECTOR, (QuantType.F32,), (columns,))
+        else:
+            kind = EntryKind.PAIR if len(sources) == 2 else EntryKind.MATRIX
+            spec = EntrySpec(name, kind, tuple(source.quant_type for source in sources), (rows, columns))
+        entries[name] = spec, sources
+    return list(entries.values())
+
+
+def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: PackedSink) -> None:
+    """Adds every weight of a lowered Program to `sink`."""
+    for spec, sources in packed_entries(program, tensors):
+        if spec.kind is EntryKind.VECTOR:
+            vector = dequantise(sources[0].read(), sources[0].quant_type, spec.shape[0])[0]
             sink.add(spec, [vector.view(np.uint8)])
-            continue
-        kind = EntryKind.PAIR if len(sources) == 2 else EntryKind.MATRIX
-        spec = EntrySpec(name, kind, tuple(source.quant_type for source in sources), (rows, columns))
-        sink.add(spec, _pieces(sources))
+        else:
+            sink.add(spec, _pieces(sources))
 
 
 def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...]]]:

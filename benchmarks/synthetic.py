@@ -1,0 +1,219 @@
+"""Writes a llama-shaped GGUF of random weights: right for speed and memory, never for quality.
+
+    python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
+
+Needs the `gguf` package. Weights are streamed, so that a file may be larger than memory. The tokenizer is byte-level
+BPE with a token for each byte, so that it takes any text; SentencePiece is not read by every peer.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+_STEP_BYTES = 64 << 20  # of a tensor made at once
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int = 32000
+    context_tokens: int = 4096
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+SHAPES = {
+    "tiny": Shape(2, 256, 512, 4, 2, vocab_size=512, context_tokens=512),  # for trying out the benchmarks
+    "1b": Shape(16, 2048, 8192, 32, 8),
+    "3b": Shape(28, 3072, 8192, 24, 8),
+    "7b": Shape(32, 4096, 11008, 32, 32),
+    "13b": Shape(40, 5120, 13824, 40, 40),
+}
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """Where a block keeps its float16 scales, and what they are for weights of deviation 1.
+
+    weight = scale * code - minimum, `scale` being further multiplied by a 6-bit integer in K-quants.
+    """
+
+    offset: int
+    scale: float
+    minimum_offset: int | None = None
+    minimum: float = 0.0
+
+
+# Codes are uniform random bits. Their deviation is 2**bits / sqrt(12) and their mean, which the minimum cancels where
+# the type has one, (2**bits - 1) / 2. In Q4_K and Q5_K both are multiplied by integers of 0..63, mean square 36.4**2;
+# in Q6_K the integers are signed bytes, 73.9.
+SCALES = {
+    "Q4_0": BlockScales(0, 1 / 4.6),
+    "Q4_1": BlockScales(0, 1 / 4.6, 2, -7.5 / 4.6),
+    "Q5_0": BlockScales(0, 1 / 9.2),
+    "Q5_1": BlockScales(0, 1 / 9.2, 2, -15.5 / 9.2),
+    "Q8_0": BlockScales(0, 1 / 73.9),
+    "Q4_K": BlockScales(0, 1 / (36.4 * 8.7), 2, 7.5 / (36.4 * 8.7)),
+    "Q5_K": BlockScales(0, 1 / (36.4 * 17.9), 2, 15.5 / (36.4 * 17.9)),
+    "Q6_K": BlockScales(208, 1 / (73.9 * 18.5)),
+}
+
+
+def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
+    """Writes the model to `path`, every matrix in `type_name`, a key of SCALES; the same bytes for the same seed."""
+    quant_type = gguf.GGMLQuantizationType[type_name]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_metadata(writer, shape, type_name)
+    _add_vocabulary(writer, shape.vocab_size)
+    tensors = _tensors(shape)
+    for name, dims in tensors.items():
+        if len(dims) == 1:
+            writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * dims[0])
+        else:
+            row_bytes = _row_bytes(quant_type, dims[1])
+            byte_dims = (dims[0], row_bytes)  # the writer turns bytes of a row back into elements
+            writer.add_tensor_info(name, byte_dims, np.dtype(np.uint8), dims[0] * row_bytes, raw_dtype=quant_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    alignment = writer.data_alignment
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % alignment))
+        for dims in tensors.values():
+            for piece in _vector(dims[0]) if len(dims) == 1 else _matrix(type_name, block_bytes, quant_type, dims, rng):
+                piece.tofile(file)
+            file.write(bytes(-file.tell() % alignment))
+
+
+def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """GGUF names with rows and columns, in the order of the file."""
+    hidden, kv_rows = shape.hidden_size, shape.num_kv_heads * shape.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "attn_norm": (hidden,),
+        "attn_q": (hidden, hidden),
+        "attn_k": (kv_rows, hidden),
+        "attn_v": (kv_rows, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (shape.ffn_size, hidden),
+        "ffn_up": (shape.ffn_size, hidden),
+        "ffn_down": (hidden, shape.ffn_size),
+    }
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab_size, hidden)}
+    for index in range(shape.num_layers):
+        tensors |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
+    return tensors | {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+
+
+def _vector(size: int) -> Iterator[NDArray[np.float32]]:
+    yield np.ones(size, np.float32)  # norms
+
+
+def _matrix(
+    type_name: str,
+    block_bytes: int,
+    quant_type: gguf.GGMLQuantizationType,
+    dims: tuple[int, ...],
+    rng: np.random.Generator,
+) -> Iterator[NDArray[np.uint8]]:
+    """Blocks of random codes whose weights have a deviation of 1 / sqrt(columns), a piece at a time."""
+    num_blocks = dims[0] * _row_bytes(quant_type, dims[1]) // block_bytes
+    fields, deviation = SCALES[type_name], 1 / math.sqrt(dims[1])
+    step = _STEP_BYTES // block_bytes
+    for start in range(0, num_blocks, step):
+        count = min(step, num_blocks - start)
+        blocks = np.frombuffer(rng.bytes(count * block_bytes), np.uint8).reshape(count, block_bytes).copy()
+        _put_half(blocks, fields.offset, fields.scale * deviation)
+        if fields.minimum_offset is not None:
+            _put_half(blocks, fields.minimum_offset, fields.minimum * deviation)
+        yield blocks
+
+
+def _put_half(blocks: NDArray[np.uint8], offset: int, value: float) -> None:
+    blocks[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
+
+
+def _row_bytes(quant_type: gguf.GGMLQuantizationType, num_columns: int) -> int:
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
+    if num_columns % block_elements:
+        raise SystemExit(f"rows of {num_columns} columns are no multiple of {block_elements}: take another type")
+    return num_columns // block_elements * block_bytes
+
+
+def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None:
+    writer.add_name("synthetic")
+    writer.add_file_type(_file_type(type_name))
+    writer.add_context_length(shape.context_tokens)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.ffn_size)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.vocab_size)
+
+
+def _file_type(type_name: str) -> int:
+    names = (f"MOSTLY_{type_name}", f"MOSTLY_{type_name}_M")
+    return next(int(gguf.LlamaFileType[name]) for name in names if name in gguf.LlamaFileType.__members__)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    kind = gguf.TokenType
+    alphabet = _byte_alphabet()
+    tokens = ["<|endoftext|>", *alphabet, alphabet[ord("a")] * 2]
+    types = [kind.CONTROL, *[kind.NORMAL] * 257]
+    num_words = vocab_size - len(tokens)
+    tokens += [f"word{index}" for index in range(num_words)]  # no merge leads there
+    types += [kind.NORMAL] * num_words
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["a a"])  # engines want at least one
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+
+
+def _byte_alphabet() -> list[str]:
+    """The 256 characters that stand for bytes in byte-level BPE (GPT-2): printable ones for themselves."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + moved.index(byte)) for byte in range(256)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--type", choices=SCALES, default="Q4_0", dest="type_name")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    if options.layers is not None:
+        shape = replace(shape, num_layers=options.layers)
+    write_synthetic(options.path, shape, options.type_name, options.seed)
+    print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The one file that knows every room: a name becomes a TextGenerator."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.backends.cpu.backend import CpuBackend
+from isotherm.backends.cpu.isa import choose_isa
+from isotherm.backends.cpu.limits import CpuLimits, kv_bytes, work_bytes
+from isotherm.backends.cpu.packing import pack_program, packed_entries
+from isotherm.backends.cpu.precision import COARSE_COLUMNS, SAMPLE_TEXT, choose_precision
+from isotherm.backends.reference.backend import ReferenceBackend
+from isotherm.engine.engine import Engine
+from isotherm.engine.kv_pages import pages_needed
+from isotherm.errors import InsufficientMemory, OptionError
+from isotherm.facts import MemoryForecast, ModelFacts
+from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
+from isotherm.formats.fetching import FetchReporter, SilentReporter, size_text
+from isotherm.formats.folders import cache_dir
+from isotherm.formats.names import resolve
+from isotherm.models import FAMILIES
+from isotherm.probe import available_memory_bytes, physical_cores
+from isotherm.program.backend import CompiledProgram
+from isotherm.program.lowering import lower
+from isotherm.quantization.packed_cache import enforce_cap, open_or_build
+from isotherm.quantization.packed_file import (
+    SUFFIX,
+    CacheUnavailable,
+    EntryKind,
+    EntrySpec,
+    PackedMemory,
+    PackedSink,
+    PackedWeights,
+)
+from isotherm.text import TextGenerator
+from isotherm.tokenization.chat import chat_template_for
+from isotherm.tokenization.tokenizer import build_tokenizer
+from isotherm.types import QuantType
+
+BACKENDS = ("cpu", "reference")
+DEFAULT_CACHE_BYTES = 64 << 30  # of packed models, the least recently used go first
+
+_PRECISION = "quant_columns"  # packed entry: columns per activation scale
+_BATCH_TOKENS = 512
+_LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
+_MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    context_tokens: int | None = None
+    threads: int | None = None
+    backend: str = "cpu"
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise OptionError(f"backend {self.backend!r}; known: {', '.join(BACKENDS)}")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise OptionError(f"threads is {self.threads}; it must be from 1 to 1024")
+        if self.context_tokens is not None and self.context_tokens < 2:
+            raise OptionError(f"context_tokens is {self.context_tokens}; it must be at least 2")
+
+
+def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter | None = None) -> TextGenerator:
+    """See `isotherm.load`."""
+    reporter = reporter or SilentReporter()
+    started = time.perf_counter()
+    path = resolve(str(name_or_path), reporter, offline=options.offline)
+    checkpoint = open_checkpoint(path)
+    return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
+
+
+class _Assembly:
+    """One model on its way from Checkpoint to TextGenerator."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, reporter: FetchReporter) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._reporter = reporter
+        self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
+        self._lowered = lower(self._program)
+        self._tokenizer = build_tokenizer(checkpoint.tokenizer)
+        self._isa = choose_isa()
+        self._num_threads = options.threads or physical_cores()
+        self._entries = [spec for spec, _ in packed_entries(self._lowered, checkpoint.tensors)]
+
+    def build(self, name: str, started: float) -> TextGenerator:
+        checkpoint, lowered = self._checkpoint, self._lowered
+        context_tokens, memory = self._fit_context()
+        limits = self._limits(context_tokens)
+        compiled: CompiledProgram
+        if self._options.backend == "reference":
+            isa, quant_columns = "numpy", None
+            compiled = ReferenceBackend(checkpoint.tensors).compile(self._program, num_pages=limits.num_pages)
+        else:
+            isa = self._isa
+            weights = self._packed()
+            checkpoint.close()  # what the packed form holds is never read from the source
+            quant_columns = int(weights.array(_PRECISION)[0])
+            backend = CpuBackend(weights, isa=isa, num_threads=self._num_threads, quant_columns=quant_columns)
+            compiled = backend.compile(lowered, limits)
+        engine = Engine(compiled, lowered, context_tokens=context_tokens, batch_tokens=limits.max_tokens)
+        facts = ModelFacts(
+            name=name,
+            path=checkpoint.path,
+            config=checkpoint.config,
+            quantization=checkpoint.quantization,
+            num_parameters=checkpoint.num_parameters,
+            file_bytes=checkpoint.num_bytes,
+            token_bytes=self._token_bytes(),
+            token_ops=self._token_ops(),
+            backend=self._options.backend,
+            isa=isa,
+            num_threads=self._num_threads,
+            quant_columns=quant_columns,
+            memory=memory,
+            load_s=time.perf_counter() - started,
+        )
+        return TextGenerator(engine, self._tokenizer, chat_template_for(checkpoint.tokenizer), facts)
+
+    def _token_bytes(self) -> int:
+        is_gathered = not self._checkpoint.config.tied_head  # one row of the embedding is nothing beside the rest
+        return sum(spec.num_bytes for spec in self._entries if not (is_gathered and spec.name == "embed"))
+
+    def _token_ops(self) -> int:
+        in_layers = [spec for spec in self._entries if spec.kind is not EntryKind.VECTOR and "." in spec.name]
+        return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
+
+    def _limits(self, context_tokens: int) -> CpuLimits:
+        batch_tokens = min(_BATCH_TOKENS, context_tokens)
+        num_pages = tuple(pages_needed(state, context_tokens, batch_tokens) for state in self._lowered.states)
+        return CpuLimits(context_tokens, num_pages, max_tokens=batch_tokens)
+
+    def _forecast(self, context_tokens: int) -> MemoryForecast:
+        limits = self._limits(context_tokens)
+        weights_bytes = sum(spec.num_bytes for spec in self._entries)
+        if self._options.backend == "reference":  # 4 bytes an element, and keys and values as float32
+            weights_bytes = 4 * self._checkpoint.num_parameters
+            return MemoryForecast(weights_bytes, 2 * kv_bytes(self._program, limits), 0)
+        return MemoryForecast(
+            weights_bytes,
+            kv_bytes(self._lowered, limits),
+            work_bytes(self._lowered, limits, self._num_threads),
+        )
+
+    def _fit_context(self) -> tuple[int, MemoryForecast]:
+        """The context that was asked for, or the model's, cut to what memory holds: told, never silent."""
+        budget, limit = int(_MEMORY_SHARE * available_memory_bytes()), self._checkpoint.config.context_tokens
+        wanted = self._options.context_tokens
+        if wanted is not None and wanted > limit:
+            raise OptionError(f"a context of {wanted} tokens; {self._checkpoint.config.name} was made for {limit}")
+        context_tokens = wanted or limit
+        forecast = self._forecast(context_tokens)
+        while wanted is None and forecast.total_bytes > budget and context_tokens > _LEAST_CONTEXT_TOKENS:
+            context_tokens = max(_LEAST_CONTEXT_TOKENS, context_tokens // 2)
+            forecast = self._forecast(context_tokens)
+        if forecast.total_bytes > budget:
+            raise InsufficientMemory(
+                f"{self._checkpoint.config.name} needs {size_text(forecast.total_bytes)} for a context of "
+                f"{context_tokens} tokens: {size_text(forecast.weights_bytes)} weights, "
+                f"{size_text(forecast.kv_bytes)} KV pages, {size_text(forecast.work_bytes)} work; "
+                f"{size_text(budget)} may be used here; take a smaller context (--ctx), quantisation or model"
+            )
+        if context_tokens < (wanted or limit):
+            self._reporter.notice(
+                f"context cut from {limit} to {context_tokens} tokens to fit {size_text(budget)} of memory; "
+                f"--ctx sets it"
+            )
+        return context_tokens, forecast
+
+    def _packed(self) -> PackedWeights:
+        checkpoint = self._checkpoint
+
+        def build(sink: PackedSink) -> None:
+            self._reporter.notice(f"packing {checkpoint.config.name} for this engine, once")
+            pack_program(self._lowered, checkpoint.tensors, sink)
+            sink.add(EntrySpec(_PRECISION, EntryKind.VECTOR, (QuantType.F32,), (1,)), [self._precision(sink.added())])
+
+        if self._options.cache_bytes > 0:
+            digest = hashlib.sha256(self._lowered.dump().encode()).hexdigest()
+            folder = cache_dir() / "packed"
+            path = folder / f"{checkpoint.path.stem}-{checkpoint.identity[:16]}{SUFFIX}"
+            try:
+                packed = open_or_build(path, f"{checkpoint.identity} {digest}", build, self._reporter.notice)
+                for evicted in enforce_cap(folder, self._options.cache_bytes, keep=path):
+                    self._reporter.notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
+                return packed
+            except CacheUnavailable as error:
+                self._reporter.notice(f"running without the cache of packed models: {error.strerror} ({error.filename})")
+        memory = PackedMemory()
+        build(memory)
+        return memory
+
+    def _precision(self, weights: PackedWeights) -> NDArray[np.uint8]:
+        """The choice of activation scales, kept with the weights: part of what the model's answers depend on."""
+        ids = self._tokenizer.encode(SAMPLE_TEXT, add_special=True, parse_special=False)
+        choice = choose_precision(self._lowered, weights, ids, isa=self._isa, num_threads=self._num_threads)
+        if choice.quant_columns != COARSE_COLUMNS:
+            self._reporter.notice(
+                f"activations are scaled per {choice.quant_columns} columns: per {COARSE_COLUMNS} would cost a mean "
+                f"KL divergence of {choice.coarse_kl:.4f}; prefill is 5-10 % slower for it"
+            )
+        return np.array([choice.quant_columns], np.float32).view(np.uint8)

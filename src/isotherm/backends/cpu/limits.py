@@ -1,0 +1,34 @@
+"""What a Program is compiled for, and the memory that takes."""
+
+from dataclasses import dataclass
+
+from isotherm.backends.cpu.buffers import plan_buffers
+from isotherm.program import ops
+from isotherm.program.recorder import Program
+
+
+@dataclass(frozen=True)
+class CpuLimits:
+    """What a compiled Program is made for; work memory grows with it."""
+
+    context_tokens: int  # highest position + 1
+    num_pages: tuple[int, ...]  # KV pages by state group
+    max_tokens: int = 512  # of a batch
+    max_head_rows: int = 64  # logit rows that one call of `logits` may ask for
+
+
+def kv_bytes(program: Program, limits: CpuLimits) -> int:
+    """Bytes of all KV pages."""
+    return sum(state.page_bytes * pages for state, pages in zip(program.states, limits.num_pages, strict=True))
+
+
+def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
+    """Bytes of buffers, quantised rows, rope tables and every thread's scratch, once all of it is in use."""
+    rows = max(limits.max_tokens, limits.max_head_rows)
+    *widths, vocab_size = plan_buffers(program).widths
+    inputs = [op.x.width for op in program.ops if isinstance(op, ops.QuantLinear | ops.QuantGlu)]
+    ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention)}
+    floats = rows * sum(widths) + limits.max_head_rows * vocab_size + limits.context_tokens * sum(r.dims for r in ropes)
+    quantised = rows * max(inputs) * 2  # a byte per code, and less than another for scales and sums
+    totals = num_threads * rows * 32 * 4
+    return 4 * floats + quantised + totals

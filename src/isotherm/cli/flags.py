@@ -1,0 +1,72 @@
+"""How commands get the flags of settings, and the arguments that several of them share."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Concatenate, ParamSpec
+
+import typer
+
+from isotherm.cli.settings import SETTINGS, Setting, Settings, effective
+
+P = ParamSpec("P")
+
+SETTINGS_NOTE = "Settings can also come from ISOTHERM_<NAME> and the config file; see `isotherm config`."
+
+
+def takes(*names: str) -> Callable[[Callable[Concatenate[Settings, P], None]], Callable[..., None]]:
+    """Gives a command the flags of the named settings; the command gets the effective Settings as first argument."""
+
+    def decorate(command: Callable[Concatenate[Settings, P], None]) -> Callable[..., None]:
+        def with_flags(*args: P.args, **kwargs: P.kwargs) -> None:
+            flags: dict[str, Any] = {name: kwargs.pop(name, None) for name in names}
+            command(effective(flags), *args, **kwargs)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        parameters = [*own, *(_flag(SETTINGS[name]) for name in names)]
+        with_flags.__name__ = command.__name__
+        with_flags.__doc__ = command.__doc__
+        with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        vars(with_flags)["__signature__"] = inspect.Signature(parameters)
+        return with_flags
+
+    return decorate
+
+
+def _flag(setting: Setting) -> inspect.Parameter:
+    """Text, so that flag, variable and `/set` go through one parser and one message."""
+    declared = [setting.rule.short_flag] if setting.rule.short_flag else []
+    if setting.rule.kind is bool:
+        declared.append(f"{setting.flag}/--no-{setting.flag.removeprefix('--')}")
+        option = typer.Option(*declared, help=setting.rule.help, show_default=False)
+        annotation: object = Annotated[bool | None, option]
+    else:
+        default = "" if setting.default is None else f" [{setting.default}]"
+        option = typer.Option(
+            setting.flag,
+            *declared,
+            metavar=setting.rule.metavar,
+            help=setting.rule.help + default,
+            show_default=False,
+        )
+        annotation = Annotated[str | None, option]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from isotherm.formats.aliases import ALIASES
+    from isotherm.formats.names import local_models
+
+    names = sorted({*ALIASES, *(model.name for model in local_models())})
+    return [name for name in names if name.startswith(incomplete)]
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file or its folder, an alias, or org/repo[:QUANT] of the Hugging Face hub.",
+        autocompletion=_complete_model,
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]

@@ -1,0 +1,233 @@
+"""Every setting in one table, and who decides it: flag > environment > config file > default."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from isotherm.errors import OptionError
+from isotherm.formats.folders import config_file
+from isotherm.types import SamplingParams
+
+Value = bool | int | float | str | None
+Origin = Literal["flag", "env", "file", "default"]
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a setting may be. kind float takes whole numbers too."""
+
+    kind: type[bool] | type[int] | type[float] | type[str]
+    metavar: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    short_flag: str = ""
+
+
+def _setting(default: Value, rule: _Rule) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The table. A field's name is its key in the config file, NAME in ISOTHERM_NAME and --NAME of a command."""
+
+    ctx: int | None = _setting(
+        None, _Rule(int, "TOKENS", "Context length; by default the model's, cut to what memory holds.", low=1)
+    )
+    threads: int | None = _setting(
+        None, _Rule(int, "N", "Threads; by default the physical cores this process may use.", low=1, high=1024)
+    )
+    backend: str = _setting(
+        "cpu",
+        _Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
+    )
+    cache_gib: float = _setting(
+        50.0,
+        _Rule(float, "GIB", "Packed models kept on disk for quick starts; 0 keeps none.", low=0.0, high=1e6),
+    )
+    offline: bool = _setting(False, _Rule(bool, "", "Never use the network."))
+    max_tokens: int | None = _setting(
+        None, _Rule(int, "N", "Longest answer in tokens; by default what the context holds.", low=1, short_flag="-n")
+    )
+    temperature: float = _setting(
+        SamplingParams.temperature, _Rule(float, "T", "Randomness; 0 takes the likeliest token.", low=0.0, high=100.0)
+    )
+    top_k: int = _setting(
+        SamplingParams.top_k, _Rule(int, "K", "Choose among the K likeliest tokens; 0 is off.", low=0, high=2**31 - 1)
+    )
+    top_p: float = _setting(
+        SamplingParams.top_p, _Rule(float, "P", "Keep the likeliest that sum up to P; 1 is off.", low=1e-6, high=1.0)
+    )
+    min_p: float = _setting(
+        SamplingParams.min_p, _Rule(float, "P", "Drop what is below P of the likeliest; 0 is off.", low=0.0, high=1.0)
+    )
+    repeat_penalty: float = _setting(
+        SamplingParams.repeat_penalty,
+        _Rule(float, "X", "Divide the score of repeated tokens; 1 is off.", low=0.01, high=100.0),
+    )
+    presence_penalty: float = _setting(
+        SamplingParams.presence_penalty,
+        _Rule(float, "X", "Subtract from tokens that occurred; 0 is off.", low=-100.0, high=100.0),
+    )
+    frequency_penalty: float = _setting(
+        SamplingParams.frequency_penalty,
+        _Rule(float, "X", "Subtract for each time a token occurred; 0 is off.", low=-100.0, high=100.0),
+    )
+    penalty_tokens: int = _setting(
+        SamplingParams.penalty_tokens,
+        _Rule(int, "N", "How many last tokens the penalties see; -1: all.", low=-1, high=2**31 - 1),
+    )
+    seed: int | None = _setting(
+        None, _Rule(int, "N", "Same seed, same answer; by default a fresh one.", low=0, high=2**64 - 1)
+    )
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(**{name: getattr(self, name) for name in SAMPLING})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    name: str
+    default: Value
+    rule: _Rule
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env_name(self) -> str:
+        return f"ISOTHERM_{self.name.upper()}"
+
+    def parse(self, text: str, source: str) -> Value:
+        """The value that `text` spells; `none` where the default is none. Raises OptionError that names `source`."""
+        lowered = text.strip().lower()
+        if lowered == _NONE and self.default is None:
+            return None
+        try:
+            if self.rule.kind is bool:
+                return (_FALSE + _TRUE).index(lowered) >= len(_FALSE)
+            return self.check(self.rule.kind(text.strip()), source)
+        except OptionError:
+            raise
+        except ValueError:
+            raise self._refusal(text, source) from None
+
+    def check(self, value: object, source: str) -> Value:
+        """`value`, typed. Raises OptionError for another type or a value out of range."""
+        kind, low, high = self.rule.kind, self.rule.low, self.rule.high
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise self._refusal(value, source)
+        if isinstance(value, str):
+            if self.rule.choices and value not in self.rule.choices:
+                raise self._refusal(value, source)
+            return value
+        assert isinstance(value, int | float)
+        # written so that NaN fails
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            raise self._refusal(value, source)
+        return value
+
+    def _refusal(self, value: object, source: str) -> OptionError:
+        return OptionError(f"{source} is {value!r}; it must be {self._allowed()}")
+
+    def _allowed(self) -> str:
+        rule = self.rule
+        if rule.kind is bool:
+            return "true or false"
+        if rule.choices:
+            return " or ".join(rule.choices)
+        noun = {int: "a whole number", float: "a number", str: "text"}[rule.kind]
+        if rule.high is not None:
+            return f"{noun} from {rule.low:.12g} to {rule.high:.12g}"
+        return f"{noun} of at least {rule.low:.12g}" if rule.low is not None else noun
+
+
+SETTINGS: dict[str, Setting] = {
+    column.name: Setting(column.name, column.default, column.metadata["rule"]) for column in fields(Settings)
+}
+LOADING = ("ctx", "threads", "backend", "cache_gib", "offline")
+SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting's value, and who decided it. source: the flag, variable or file; empty for the default."""
+
+    setting: Setting
+    value: Any
+    origin: Origin
+    source: str = ""
+
+
+def choose(flags: Mapping[str, str | bool | None]) -> list[Chosen]:
+    """Each setting's value in the order of the table. `flags`: as given on the command line, None where not given.
+
+    Raises OptionError for a value that is wrong, wherever it stands, and for a config file that is.
+    """
+    path = config_file()
+    from_file = _read_config(path)
+    return [_choose(setting, flags.get(setting.name), from_file, path) for setting in SETTINGS.values()]
+
+
+def effective(flags: Mapping[str, str | bool | None]) -> Settings:
+    """Raises what `choose` raises."""
+    return Settings(**{chosen.setting.name: chosen.value for chosen in choose(flags)})
+
+
+def unknown_variables() -> list[str]:
+    """A line for each ISOTHERM_ variable that looks like a misspelt setting."""
+    known = [setting.env_name for setting in SETTINGS.values()]
+    near = {
+        name: difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        for name in sorted(os.environ)
+        if name.startswith("ISOTHERM_") and name not in known
+    }
+    return [f"{name} is no setting; did you mean {found[0]}?" for name, found in near.items() if found]
+
+
+def _choose(setting: Setting, flag: str | bool | None, from_file: Mapping[str, object], path: Path) -> Chosen:
+    if isinstance(flag, bool):
+        return Chosen(setting, flag, "flag", setting.flag)
+    if flag is not None:
+        return Chosen(setting, setting.parse(flag, setting.flag), "flag", setting.flag)
+    if text := os.environ.get(setting.env_name):
+        return Chosen(setting, setting.parse(text, setting.env_name), "env", setting.env_name)
+    if setting.name in from_file:
+        value = setting.check(from_file[setting.name], f"{path}: {setting.name}")
+        return Chosen(setting, value, "file", str(path))
+    return Chosen(setting, setting.default, "default")
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    """The file's keys, all known; empty where there is no file."""
+    if not path.exists():
+        return {}
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"the config file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OptionError(f"{path} is not valid TOML: {error}; mend it, or move it away") from error
+    for key in values:
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(key, SETTINGS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise OptionError(f"{path}: unknown key {key!r}; {hint}known: {', '.join(SETTINGS)}")
+    return values

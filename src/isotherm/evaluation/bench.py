@@ -1,0 +1,147 @@
+"""Speed of a loaded model, beside the limits of the machine it runs on."""
+
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from isotherm.errors import OptionError
+from isotherm.facts import DeviceFacts, ModelFacts
+from isotherm.probe import measure
+from isotherm.text import TextGenerator
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time; 0 tokens leave a test out."""
+
+    prompt_tokens: int = 512
+    decode_tokens: int = 64
+    repetitions: int = 3
+    depth: int = 0  # tokens in the context before the decode test
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.decode_tokens, self.depth) < 0 or self.repetitions < 1:
+            raise OptionError("numbers of tokens cannot be negative, and there must be at least one repetition")
+        if not self.prompt_tokens and not self.decode_tokens:
+            raise OptionError("nothing to measure: ask for prompt tokens (-p) or decoded tokens (-n)")
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that a model needs for these tests."""
+        return max(self.prompt_tokens, self.depth + self.decode_tokens + 1)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One test: its rate in each repetition, and the median as a share of what the machine allows.
+
+    Decode is held against the bandwidth of reading memory, all weights once a token; prefill against the rate of
+    8-bit integer arithmetic, all matrices but the head.
+    """
+
+    test: str  # pp512, tg64, tg64 @ d1024: as llama-bench names them
+    samples: tuple[float, ...]  # tokens per second
+    limit: str
+    limit_share: float
+    python_share: float | None  # of the time of a decode step, outside native code
+
+    @property
+    def tokens_per_second(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def stddev(self) -> float:
+        return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    model: ModelFacts
+    device: DeviceFacts  # the best of several probes between the repetitions
+    tests: tuple[Speed, ...]
+    peak_rss_bytes: int | None  # of this process up to the first repetition; None where the system does not tell
+
+
+def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], None] | None = None) -> BenchResult:
+    """Times prefill and decode in turns, after one warm-up of each; probes the machine between the repetitions.
+
+    `on_step` hears what comes next. Raises OptionError where the tests do not fit the model's context.
+    """
+    if options.context_tokens > model.context_tokens:
+        raise OptionError(
+            f"the tests need a context of {options.context_tokens} tokens, the model was loaded with "
+            f"{model.context_tokens}; load it with more context_tokens or measure less"
+        )
+    tell = on_step or (lambda _: None)
+    timer = _Timer(model, options)
+    tell("warm-up")
+    timer.repeat()
+    timer.forget()
+    peak_rss_bytes = _peak_rss_bytes()  # before the probes allocate
+    facts = model.facts
+    device = _probe(facts)
+    for number in range(1, options.repetitions + 1):
+        tell(f"repetition {number} of {options.repetitions}")
+        timer.repeat()
+        device = _best(device, _probe(facts))
+    return BenchResult(facts, device, timer.results(device), peak_rss_bytes)
+
+
+class _Timer:
+    """Runs the tests and keeps their rates."""
+
+    def __init__(self, model: TextGenerator, options: BenchOptions) -> None:
+        self._model = model
+        self._options = options
+        self.forget()
+
+    def forget(self) -> None:
+        self._prefill: list[float] = []
+        self._decode: list[float] = []
+        self._total_s = self._native_s = 0.0
+
+    def repeat(self) -> None:
+        options = self._options
+        if options.prompt_tokens:
+            self._prefill.append(options.prompt_tokens / self._model.prefill_s(options.prompt_tokens))
+        if options.decode_tokens:
+            timing = self._model.decode_s(options.decode_tokens, depth=options.depth)
+            self._decode.append(options.decode_tokens / timing.total_s)
+            self._total_s += timing.total_s
+            self._native_s += timing.native_s
+
+    def results(self, device: DeviceFacts) -> tuple[Speed, ...]:
+        options, facts, results = self._options, self._model.facts, []
+        if self._prefill:
+            share = facts.token_ops * statistics.median(self._prefill) / device.int8_ops_per_s
+            results.append(Speed(f"pp{options.prompt_tokens}", tuple(self._prefill), "int8 rate", share, None))
+        if self._decode:
+            share = facts.token_bytes * statistics.median(self._decode) / device.read_bytes_per_s
+            name = f"tg{options.decode_tokens}" + (f" @ d{options.depth}" if options.depth else "")
+            python_share = 1 - self._native_s / self._total_s
+            results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share))
+        return tuple(results)
+
+
+def _probe(facts: ModelFacts) -> DeviceFacts:
+    return measure(facts.num_threads, facts.isa if facts.backend == "cpu" else None)
+
+
+def _best(a: DeviceFacts, b: DeviceFacts) -> DeviceFacts:
+    return replace(
+        a,
+        read_bytes_per_s=max(a.read_bytes_per_s, b.read_bytes_per_s),
+        int8_ops_per_s=max(a.int8_ops_per_s, b.int8_ops_per_s),
+    )
+
+
+def _peak_rss_bytes() -> int | None:
+    # Not getrusage: its maximum also covers the process that started this one, before exec.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
