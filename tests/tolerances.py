@@ -2,9 +2,9 @@
 
 # --- arithmetic ---
 
-# contract.exp against exp in float64. The polynomial errs by 2.1e-8, the reduced argument and the last of six roundings
-# by half a unit in the last place (6e-8) each, and the sum of all is below.
-EXP_RELATIVE = 1.3e-7
+# contract.exp against exp in float64: 2.1e-8 of the polynomial and half a unit in the last place (6e-8) of the last
+# rounding, with a little of the roundings before it. Measured: 8.9e-8.
+EXP_RELATIVE = 1.0e-7
 
 # --- the float32 program ---
 

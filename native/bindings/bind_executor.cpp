@@ -214,7 +214,7 @@ class BoundExecutor {
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
   }
 
-  void cancel() { executor_.cancel(); }
+  double busy_s() const { return executor_.busy_s(); }
 
  private:
   struct Limits {
@@ -287,5 +287,5 @@ void bind_executor(nb::module_& m) {
            nb::arg("num_threads"))
       .def("run", &BoundExecutor::run)
       .def("head", &BoundExecutor::head)
-      .def("cancel", &BoundExecutor::cancel);
+      .def_prop_ro("busy_s", &BoundExecutor::busy_s);
 }

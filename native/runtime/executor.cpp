@@ -109,9 +109,9 @@ void Executor::measure() {
 }
 
 bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll) {
+  const auto started = std::chrono::steady_clock::now();
   stop_.store(false, std::memory_order_relaxed);
   for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
-  std::atomic<bool> stopped{false};
   pool_.run([&](int thread) {
     const FloatMode mode;
     auto polled = std::chrono::steady_clock::now();
@@ -121,16 +121,14 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
         const auto now = std::chrono::steady_clock::now();
         if (now - polled >= kPollInterval) {
           polled = now;
-          if (poll()) cancel();
+          if (poll()) stop_.store(true, std::memory_order_relaxed);
         }
       }
-      if (barrier()) {
-        if (thread == 0) stopped.store(true);
-        break;
-      }
+      if (barrier()) break;
     }
   });
-  return !stop_.load() && !stopped.load();
+  busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return !stop_.load(std::memory_order_relaxed);
 }
 
 bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {

@@ -42,7 +42,8 @@ class Executor {
   // Logits [count][vocab] of the batch's logit rows [first, first + count), count <= max_head_rows.
   bool head(int first, int count, float* logits, const std::function<bool()>& poll);
 
-  void cancel() { stop_.store(true, std::memory_order_relaxed); }
+  // Seconds spent computing, in all: what is left of a caller's step is the caller's own.
+  double busy_s() const { return busy_s_; }
 
  private:
   struct Buffer {
@@ -99,6 +100,7 @@ class Executor {
   std::vector<int> positions_;
   size_t select_ = 0;  // index of the SelectStep
   int head_first_ = 0, head_count_ = 0;
+  double busy_s_ = 0;
 };
 
 }  // namespace isotherm

@@ -43,7 +43,7 @@ def measure(num_threads: int, isa: str | None = None) -> DeviceFacts:
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may use: by its affinity, and no more than its CPU quota pays for; at least 1."""
+    """Physical cores that this process may use: by its affinity, within its CPU quota; at least 1."""
     if hasattr(os, "sched_getaffinity"):
         cores = _distinct_cores(_ROOT, os.sched_getaffinity(0))
     else:
@@ -53,7 +53,8 @@ def physical_cores() -> int:
 
 def available_memory_bytes() -> int:
     """Bytes that this process can still take without swapping: the machine's, and no more than its cgroups leave."""
-    return max(0, min(psutil.virtual_memory().available, _cgroup_memory_bytes(_ROOT)))
+    available: int = psutil.virtual_memory().available
+    return int(max(0, min(available, _cgroup_memory_bytes(_ROOT))))
 
 
 def _distinct_cores(root: Path, cpus: set[int]) -> int:

@@ -1,14 +1,14 @@
 """TextGenerator: tokenizer and engine behind one object, the door for Python, command line and server."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.engine.engine import Engine, Request, RunFacts
+from isotherm.engine.engine import DecodeTiming, Engine, Request, RunFacts
 from isotherm.engine.sampling import SampledToken
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
@@ -89,7 +89,7 @@ class TextGenerator:
         raw: bool = False,
         sampling: SamplingParams | None = None,
         **sampling_fields: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """The answer as it comes.
 
         prompt: text, one user message where the model has a chat template and `raw` is false; or messages.
@@ -128,7 +128,7 @@ class TextGenerator:
             raise OptionError("the prompt is empty, and this model starts with no BOS token; pass some text")
         return ids
 
-    def _run(self, request: Request, stop: tuple[str, ...]) -> Iterator[Piece]:
+    def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
         with self._lock:
             self._check_open()
             facts, text = RunFacts(), _StopFilter(stop)
@@ -182,6 +182,18 @@ class TextGenerator:
         with self._lock:
             self._check_open()
             yield from self._engine.logit_blocks(token_ids, rows, block_rows)
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Measures: seconds that a prompt of `num_tokens` takes, nothing of it cached."""
+        with self._lock:
+            self._check_open()
+            return self._engine.time_prefill(num_tokens)
+
+    def decode_s(self, num_tokens: int, *, depth: int = 0) -> DecodeTiming:
+        """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
+        with self._lock:
+            self._check_open()
+            return self._engine.time_decode(num_tokens, depth)
 
     def close(self) -> None:
         """Gives memory and threads back. A running answer ends first."""

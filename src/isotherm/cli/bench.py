@@ -1,38 +1,56 @@
 """`isotherm bench`: tokens per second in llama-bench's columns, and the share of the machine's limits they reach."""
 
-import json
-import sys
-from dataclasses import asdict
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import isotherm
-from isotherm.evaluation.bench import BenchOptions, BenchResult, Speed
-from isotherm.evaluation.bench import bench as run_bench
+from isotherm.cli.console import notice, print_json
+from isotherm.cli.flags import JsonOption, ModelArgument, takes
+from isotherm.cli.loading import loaded
+from isotherm.cli.settings import Settings
+from isotherm.cli.version import commit, package_version
+
+if TYPE_CHECKING:
+    from isotherm.evaluation.bench import BenchResult, Speed
 
 
+@takes("threads", "backend", "cache_gib", "offline")
 def bench(
-    model: Annotated[str, typer.Argument(help="Name or path of the model.")],
-    prompt: Annotated[int, typer.Option("--prompt", "-p", help="Tokens of the prefill test; 0 leaves it out.")] = 512,
-    decode: Annotated[int, typer.Option("--decode", "-n", help="Tokens of the decode test; 0 leaves it out.")] = 64,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions of each test.")] = 3,
-    depth: Annotated[int, typer.Option("--depth", "-d", help="Tokens in the context before the decode test.")] = 0,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", help="Default: the physical cores.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    settings: Settings,
+    model: ModelArgument,
+    prompt_tokens: Annotated[
+        int, typer.Option("--n-prompt", "-p", metavar="N", help="Tokens of the prefill test; 0 leaves it out.")
+    ] = 512,
+    decode_tokens: Annotated[
+        int, typer.Option("--n-gen", "-n", metavar="N", help="Tokens of the decode test; 0 leaves it out.")
+    ] = 64,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", metavar="N", help="Of each test.")] = 3,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", metavar="N", help="Tokens in the context before the decode test.")
+    ] = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Tokens per second of prefill and decode, beside what this machine's memory and arithmetic allow."""
-    options = BenchOptions(prompt, decode, repetitions, depth)
-    with isotherm.load(model, context_tokens=options.context_tokens, threads=threads) as generator:
-        result = run_bench(generator, options, on_step=_tell)
-    print(json.dumps(to_json(result)) if as_json else to_text(result))
+    """Measures tokens per second, beside what this machine's memory and arithmetic allow."""
+    from isotherm.evaluation.bench import BenchOptions
+    from isotherm.evaluation.bench import bench as measure
+
+    options = BenchOptions(prompt_tokens, decode_tokens, repetitions, depth)
+    with loaded(model, replace(settings, ctx=options.context_tokens)) as generator:
+        result = measure(generator, options, on_step=notice)
+    if as_json:
+        print_json(to_json(result))
+    else:
+        print(to_text(result))
 
 
-def to_json(result: BenchResult) -> dict[str, Any]:
+def to_json(result: "BenchResult") -> dict[str, Any]:
     """What `--json` prints; keys are only ever added."""
     facts = result.model
     return {
-        "isotherm": isotherm.__version__,
+        "version": package_version(),
+        "commit": commit(),
         "model": facts.config.name,
         "family": facts.config.family,
         "quantization": facts.quantization,
@@ -61,7 +79,7 @@ def to_json(result: BenchResult) -> dict[str, Any]:
     }
 
 
-def to_text(result: BenchResult) -> str:
+def to_text(result: "BenchResult") -> str:
     """A Markdown table in llama-bench's columns, then the limits."""
     facts, device = result.model, result.device
     header = ("model", "size", "params", "backend", "threads", "test", "t/s")
@@ -86,7 +104,7 @@ def to_text(result: BenchResult) -> str:
     )
 
 
-def _limit_line(speed: Speed, result: BenchResult) -> str:
+def _limit_line(speed: "Speed", result: "BenchResult") -> str:
     facts = result.model
     if speed.python_share is None:
         return f"{speed.test}: {speed.limit_share:.0%} of the {speed.limit} ({facts.token_ops / 1e9:.3g} GOP a token)"
@@ -96,7 +114,7 @@ def _limit_line(speed: Speed, result: BenchResult) -> str:
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a Markdown table; the last column is aligned right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
@@ -106,7 +124,3 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     ]
     rule = "| " + " | ".join("-" * width for width in widths[:-1]) + " | " + "-" * (widths[-1] - 1) + ": |"
     return [lines[0], rule, *lines[1:]]
-
-
-def _tell(step: str) -> None:
-    print(step, file=sys.stderr, flush=True)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 _MAX_STDIN_BYTES = 64 << 20
 # Terminals obey control characters: a model, or a name in its file, must not speak to ours.
-_VISIBLE_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(0x7F, 0xA0)) if code not in (9, 10)}
+_VISIBLE_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(0x7F, 0xA0)) if code not in (9, 10)
+}
 
 
 def printable(text: str) -> str:

@@ -1,25 +1,33 @@
 """How commands get the flags of settings, and the arguments that several of them share."""
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, Concatenate, ParamSpec
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 import typer
 
 from isotherm.cli.settings import SETTINGS, Setting, Settings, effective
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 SETTINGS_NOTE = "Settings can also come from ISOTHERM_<NAME> and the config file; see `isotherm config`."
 
 
 def takes(*names: str) -> Callable[[Callable[Concatenate[Settings, P], None]], Callable[..., None]]:
     """Gives a command the flags of the named settings; the command gets the effective Settings as first argument."""
+    return reads(effective, *names)
 
-    def decorate(command: Callable[Concatenate[Settings, P], None]) -> Callable[..., None]:
+
+def reads(
+    reader: Callable[[Mapping[str, str | bool | None]], T], *names: str
+) -> Callable[[Callable[Concatenate[T, P], None]], Callable[..., None]]:
+    """Gives a command the flags of the named settings; its first argument is what `reader` makes of those given."""
+
+    def decorate(command: Callable[Concatenate[T, P], None]) -> Callable[..., None]:
         def with_flags(*args: P.args, **kwargs: P.kwargs) -> None:
             flags: dict[str, Any] = {name: kwargs.pop(name, None) for name in names}
-            command(effective(flags), *args, **kwargs)
+            command(reader(flags), *args, **kwargs)
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [*own, *(_flag(SETTINGS[name]) for name in names)]
@@ -52,7 +60,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
     from isotherm.formats.aliases import ALIASES
     from isotherm.formats.names import local_models
 
@@ -65,7 +73,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A GGUF file or its folder, an alias, or org/repo[:QUANT] of the Hugging Face hub.",
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=False,
     ),
 ]

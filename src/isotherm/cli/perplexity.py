@@ -1,48 +1,56 @@
 """`isotherm perplexity`: how well a model predicts a text."""
 
-import json
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import isotherm
+from isotherm.cli.console import notice, print_json
+from isotherm.cli.flags import JsonOption, ModelArgument, takes
+from isotherm.cli.loading import loaded
+from isotherm.cli.settings import Settings
 from isotherm.errors import OptionError
-from isotherm.evaluation import perplexity as evaluation
-from isotherm.evaluation.perplexity import PerplexityResult
+
+if TYPE_CHECKING:
+    from isotherm.evaluation.perplexity import PerplexityResult
 
 
+@takes("threads", "backend", "cache_gib", "offline")
 def perplexity(
-    model: Annotated[str, typer.Argument(help="Name or path of the model.")],
-    file: Annotated[Path, typer.Option("--file", "-f", help="Text to score, UTF-8.")],
-    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of a window; its second half is scored.")] = 512,
-    chunks: Annotated[int, typer.Option("--chunks", help="Windows to score, from the start of the text.")] = 16,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", help="Default: the physical cores.")] = None,
-    backend: Annotated[str, typer.Option("--backend", help="cpu, or reference: float32, exact and slow.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    settings: Settings,
+    model: ModelArgument,
+    file: Annotated[
+        Path, typer.Option("--file", "-f", metavar="FILE", help="Text to score, UTF-8.", show_default=False)
+    ],
+    window: Annotated[
+        int, typer.Option("--ctx", "-c", metavar="TOKENS", help="Tokens of a window; its second half is scored.")
+    ] = 512,
+    chunks: Annotated[
+        int, typer.Option("--chunks", metavar="N", help="Windows to score, from the start of the text.")
+    ] = 16,
+    as_json: JsonOption = False,
 ) -> None:
-    """How well a model predicts a text, by llama.cpp's rule: lower is better."""
+    """Says how well a model predicts a text, by llama.cpp's rule; lower is better."""
+    from isotherm.evaluation.perplexity import perplexity as evaluate
+
     text = _read_text(file)
-    with isotherm.load(model, context_tokens=ctx, threads=threads, backend=backend) as generator:
-        result = evaluation.perplexity(
-            generator, text, window_tokens=ctx, num_windows=chunks, on_window=_print_progress
-        )
+    with loaded(model, replace(settings, ctx=window)) as generator:
+        result = evaluate(generator, text, window_tokens=window, num_windows=chunks, on_window=_tell)
+        name = generator.facts.name
     if result.num_windows < chunks:
-        print(f"the text holds {result.num_windows} windows of {ctx} tokens, not {chunks}", file=sys.stderr)
+        notice(f"the text holds {result.num_windows} windows of {window} tokens, not {chunks}")
     if as_json:
-        print(json.dumps({"model": model, **asdict(result)}))
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} ± {result.standard_error:.4f} "
-            f"({result.num_tokens} tokens of {result.num_windows} windows)"
-        )
+        print_json({"model": name, "backend": settings.backend, **asdict(result)})
+        return
+    print(
+        f"perplexity {result.perplexity:.4f} ± {result.standard_error:.4f} "
+        f"({result.num_tokens} tokens in {result.num_windows} windows)"
+    )
 
 
-def _print_progress(so_far: PerplexityResult, num_windows: int) -> None:
-    line = f"window {so_far.num_windows} of {num_windows}: {so_far.perplexity:.4f} ± {so_far.standard_error:.4f}"
-    print(line, file=sys.stderr, flush=True)
+def _tell(so_far: "PerplexityResult", num_windows: int) -> None:
+    notice(f"window {so_far.num_windows} of {num_windows}: {so_far.perplexity:.4f} ± {so_far.standard_error:.4f}")
 
 
 def _read_text(path: Path) -> str:

@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ Origin = Literal["flag", "env", "file", "default"]
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _NONE = "none"
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class _Rule:
 
 
 def _setting(default: Value, rule: _Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
+    return field(default=default, metadata={"default": default, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Settings:
         _Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
     )
     cache_gib: float = _setting(
-        50.0,
-        _Rule(float, "GIB", "Packed models kept on disk for quick starts; 0 keeps none.", low=0.0, high=1e6),
+        64.0,
+        _Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
     )
     offline: bool = _setting(False, _Rule(bool, "", "Never use the network."))
     max_tokens: int | None = _setting(
@@ -89,6 +90,14 @@ class Settings:
     seed: int | None = _setting(
         None, _Rule(int, "N", "Same seed, same answer; by default a fresh one.", low=0, high=2**64 - 1)
     )
+
+    @property
+    def cache_bytes(self) -> int:
+        return int(self.cache_gib * _GIB)
+
+    def changed(self, values: Mapping[str, Any]) -> "Settings":
+        """With checked values of some settings in place of these."""
+        return replace(self, **values)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -157,9 +166,12 @@ class Setting:
         return f"{noun} of at least {rule.low:.12g}" if rule.low is not None else noun
 
 
-SETTINGS: dict[str, Setting] = {
-    column.name: Setting(column.name, column.default, column.metadata["rule"]) for column in fields(Settings)
-}
+def value_text(value: Value) -> str:
+    """As `Setting.parse` reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+SETTINGS: dict[str, Setting] = {column.name: Setting(column.name, **column.metadata) for column in fields(Settings)}
 LOADING = ("ctx", "threads", "backend", "cache_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 

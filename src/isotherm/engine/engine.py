@@ -1,7 +1,7 @@
 """Requests in, token ids out. Knows nothing of text."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,14 @@ class RunFacts:
     reached_limit: bool = False  # max_tokens or the context ended it, not an end token
 
 
+@dataclass(frozen=True)
+class DecodeTiming:
+    """busy_s: the part of total_s in which the backend computed; the rest is Python's and the sampler's."""
+
+    total_s: float
+    busy_s: float
+
+
 class Engine:
     """One sequence at a time, its KV kept for the next request that starts alike. Not thread safe."""
 
@@ -52,7 +60,7 @@ class Engine:
         self.batch_tokens = batch_tokens
         self._sequence = CachedSequence(program.states, context_tokens, batch_tokens)
 
-    def generate(self, request: Request, facts: RunFacts) -> Iterator[SampledToken]:
+    def generate(self, request: Request, facts: RunFacts) -> Generator[SampledToken, None, None]:
         """Token after token; `facts` are true whenever the iterator rests, and complete when it ends.
 
         Raises ContextOverflow where the prompt leaves no room for an answer.
@@ -96,6 +104,26 @@ class Engine:
             for first in range(0, len(wanted), block_rows):
                 yield self._compiled.logits(first, min(block_rows, len(wanted) - first))
 
+    def time_prefill(self, num_tokens: int) -> float:
+        """Seconds from an empty cache to the logits after `num_tokens` tokens."""
+        ids = [token % self._vocab_size for token in range(1, num_tokens + 1)]
+        self._sequence.keep_prefix([])
+        started = time.perf_counter()
+        self._next_logits(ids)
+        return time.perf_counter() - started
+
+    def time_decode(self, num_tokens: int, depth: int) -> DecodeTiming:
+        """Decodes `num_tokens` greedily after `depth` cached ones, which are not timed."""
+        self.time_prefill(max(1, depth))
+        sampler = Sampler(SamplingParams(), self._vocab_size)
+        history = np.ones(max(1, depth) + num_tokens, np.int32)
+        busy_s, started = self._compiled.busy_s, time.perf_counter()
+        token_id = 1
+        for position in range(len(history) - num_tokens, len(history)):
+            logits = self._next_logits([token_id])
+            token_id = sampler.sample(logits, history[:position], position, 0).token_id
+        return DecodeTiming(time.perf_counter() - started, self._compiled.busy_s - busy_s)
+
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""
         check_sampling(request.sampling, self._vocab_size)
@@ -118,7 +146,8 @@ class Engine:
             chunk = ids[start : start + self.batch_tokens]
             is_last = start + len(chunk) == len(ids)
             self._forward(chunk, np.array([len(chunk) - 1] if is_last else [], np.int32))
-        return self._compiled.logits(0, 1)[0]
+        row: F32 = self._compiled.logits(0, 1)[0]
+        return row
 
     def _forward(self, ids: list[int], logit_rows: NDArray[np.int32]) -> None:
         sequence = self._sequence

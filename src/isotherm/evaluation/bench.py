@@ -110,7 +110,7 @@ class _Timer:
             timing = self._model.decode_s(options.decode_tokens, depth=options.depth)
             self._decode.append(options.decode_tokens / timing.total_s)
             self._total_s += timing.total_s
-            self._native_s += timing.native_s
+            self._native_s += timing.busy_s
 
     def results(self, device: DeviceFacts) -> tuple[Speed, ...]:
         options, facts, results = self._options, self._model.facts, []

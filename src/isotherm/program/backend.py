@@ -34,3 +34,7 @@ class CompiledProgram(Protocol):
 
     def logits(self, first: int, count: int) -> NDArray[np.float32]:
         """Logits [count, vocab_size] of the last batch's logit rows from `first` on."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent computing since it was made."""

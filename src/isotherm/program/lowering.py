@@ -17,6 +17,7 @@ from dataclasses import replace
 from isotherm.program import ops
 from isotherm.program.ops import NormWeights, Op, Projection, Value
 from isotherm.program.recorder import Program
+from isotherm.types import Rope
 
 
 def lower(program: Program) -> Program:
@@ -116,7 +117,7 @@ class _Lowering:
         fused = ops.RopeAttention(op.out, q, k, op.v, q_norm, k_norm, rope, op.shape, op.state, op.slot)
         self._out.append(fused)
 
-    def _before_attention(self, value: Value) -> tuple[Value, ops.Rope, NormWeights | None]:
+    def _before_attention(self, value: Value) -> tuple[Value, Rope, NormWeights | None]:
         rotated = self._maker[value]
         assert isinstance(rotated, ops.RopeOp)
         normed = self._maker[rotated.x]

@@ -57,8 +57,9 @@ class WordRule:
     ignore_merges: bool = False
 
 
-# Digits in groups of three from the right; the look-behind keeps a long number linear.
-_DIGIT_GROUPS = r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\p{N}{3}|\p{N}+"
+# Digits in groups of three from the right; the first group keeps the text before it (so does llama.cpp).
+# \G and the look-behind keep long texts and long numbers linear.
+_DIGIT_GROUPS = r"\G[^\p{N}]*+(?:(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})*(?!\p{N}))|\p{N}{3})"
 _ANY_CASE_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_CONTRACTION}?"
 # Non-ASCII white space is in none of the explicit ranges, even where it lies between their ends.
 _CJK_AND_BEYOND = "[\u0800-\u9fa5\uac00-\ud7ff&&\\S]+"

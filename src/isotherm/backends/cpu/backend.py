@@ -59,10 +59,14 @@ class CompiledCpu:
         assert finished, "stopped, though nothing was raised"
 
     def logits(self, first: int, count: int) -> F32:
-        out = np.empty((count, self._vocab_size), np.float32)
+        out: F32 = np.empty((count, self._vocab_size), np.float32)
         finished = self._executor.head(first, out)
         assert finished, "stopped, though nothing was raised"
         return out
+
+    @property
+    def busy_s(self) -> float:
+        return self._executor.busy_s
 
     def _fill_rope_tables(self, end: int) -> None:
         start = self._num_positions
@@ -125,12 +129,12 @@ class _Compiler:
         if name not in self._matrices:
             entry = self._weights.entry(name)
             types = [quant_type.value for quant_type in entry.types]
-            self._matrices[name] = self._builder.matrix(self._weights.array(name), types, *entry.shape)
+            self._matrices[name] = self._builder.matrix(self._weights.array(name).view(np.uint8), types, *entry.shape)
         return self._matrices[name]
 
     def _vector(self, name: str) -> int:
         if name not in self._vectors:
-            self._vectors[name] = self._builder.vector(self._weights.array(name))
+            self._vectors[name] = self._builder.vector(self._weights.array(name).view(np.float32))
         return self._vectors[name]
 
     def _norm(self, norm: NormWeights | None) -> "_native.NormRef":

@@ -58,4 +58,5 @@ def _log_probabilities(program: Program, backend: CpuBackend, ids: NDArray[np.in
     compiled.forward(Batch(ids, (sequence,), np.arange(len(ids), dtype=np.int32)))
     logits = compiled.logits(0, len(ids)).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    normalised: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return normalised

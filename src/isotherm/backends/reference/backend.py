@@ -1,5 +1,6 @@
 """The backend that is the truth: runs any Program, recorded (float32) or lowered (the contract's arithmetic), in NumPy."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -48,7 +49,8 @@ class ReferenceBackend:
         return self._floats[name]
 
     def vector(self, name: str) -> F32:
-        return self.floats(name)[0]
+        row: F32 = self.floats(name)[0]
+        return row
 
     def fields(self, name: str) -> Fields:
         if name not in self._fields:
@@ -65,6 +67,7 @@ class CompiledReference:
         self._weights = weights
         self._head = next(i for i, op in enumerate(program.ops) if isinstance(op, ops.SelectRows))
         self._values: dict[Value, F32] = {}
+        self.busy_s = 0.0
         self._ropes: dict[Rope, F32] = {}
         # [layers, pages, k or v, page positions, kv heads, head_dim]
         self._kv = [
@@ -73,15 +76,19 @@ class CompiledReference:
         ]
 
     def forward(self, batch: Batch) -> None:
+        started = time.perf_counter()
         self._batch, self._values = batch, {}
         for op in self._program.ops[: self._head]:
             self._step(op, self._values, batch)
+        self.busy_s += time.perf_counter() - started
 
     def logits(self, first: int, count: int) -> F32:
         batch = replace(self._batch, logit_rows=self._batch.logit_rows[first : first + count])
+        started = time.perf_counter()
         values = dict(self._values)
         for op in self._program.ops[self._head :]:
             self._step(op, values, batch)
+        self.busy_s += time.perf_counter() - started
         return values[self._program.logits]
 
     def _step(self, op: Op, values: dict[Value, F32], batch: Batch) -> None:

@@ -26,7 +26,7 @@ _EXP_POLYNOMIAL = tuple(
 )
 
 
-def fma(a: F32, b: F32, c: F32) -> F32:
+def fma(a: F32, b: F32 | np.float32, c: F32) -> F32:
     """a * b + c, rounded once. The product is exact in float64; the sum is rounded to odd, so that the second
     rounding cannot err (Boldo and Melquiond, 2008)."""
     product = np.multiply(a, b, dtype=np.float64)
@@ -48,7 +48,8 @@ def exp(x: F32) -> F32:
     p = np.full_like(r, _EXP_POLYNOMIAL[0])
     for coefficient in _EXP_POLYNOMIAL[1:]:
         p = fma(p, r, np.full_like(r, coefficient))
-    return np.ldexp(p, n.astype(np.int32)).astype(np.float32)
+    scaled: F32 = np.ldexp(p, n.astype(np.int32)).astype(np.float32)
+    return scaled
 
 
 def sum_lanes(lanes: F32) -> F32:
@@ -73,7 +74,8 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
         acc = fma(vectors[..., i, :], vectors[..., i, :], acc)
     mean = sum_lanes(acc) / np.float32(n)
     factor = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
-    return (x * factor[..., None]) * weight
+    normed: F32 = (x * factor[..., None]) * weight
+    return normed
 
 
 def quantise(x: F32, quant_columns: int = QUANT_COLUMNS) -> tuple[F32, F32]:

@@ -11,14 +11,14 @@ F32 = NDArray[np.float32]
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """Over the last axis."""
     mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
-    return x / np.sqrt(mean + np.float32(eps)) * weight
+    return (x / np.sqrt(mean + np.float32(eps)) * weight).astype(np.float32)
 
 
 def activate(x: F32, activation: Activation) -> F32:
+    slope = x if activation is Activation.SILU else 1.5957691216 * (x + 0.044715 * x**3)
     with np.errstate(over="ignore"):  # exp of a large -x is infinite, and 1 / inf is the 0 that is meant
-        if activation is Activation.SILU:
-            return x / (1 + np.exp(-x))
-        return x / (1 + np.exp(-1.5957691216 * (x + 0.044715 * x**3)))
+        out: F32 = x / (1 + np.exp(-slope))
+    return out
 
 
 def rotate(x: F32, table: F32) -> F32:
@@ -40,5 +40,5 @@ def attend(q: F32, k: F32, v: F32, num_cached: int, scale: float, window: int | 
     visible = seen <= at if window is None else (seen <= at) & (seen > at - window)
     scores = np.where(visible, scores, np.float32(-np.inf))
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = (p / p.sum(axis=-1, keepdims=True)) @ v.transpose(1, 0, 2)[:, None]
+    out: F32 = (p / p.sum(axis=-1, keepdims=True)) @ v.transpose(1, 0, 2)[:, None]
     return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)

@@ -1,0 +1,102 @@
+"""The native core: what native/bindings offers. Arrays are C-contiguous and, where not said otherwise, only read."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def available_isas() -> list[str]:
+    """Instruction sets that this processor can run, slowest first."""
+
+def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int, round_s: float) -> float:
+    """Bytes per second read from memory: the best round of each way to read."""
+
+def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) -> float:
+    """Operations per second of int8 dot products in registers, the best round."""
+
+class NormRef:
+    """A norm by the index of its vector, -1 for none."""
+    def __init__(self, vector: int, eps: float) -> None: ...
+
+class AttentionSpec:
+    """Buffers, norms and shape of one attention step."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+    q_norm: NormRef
+    k_norm: NormRef
+    rope_table: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    state: int
+    slot: int
+    def __init__(self) -> None: ...
+
+class ProgramBuilder:
+    """Collects a program. What is added is named by the index that adding it gives; arrays are kept alive."""
+    def __init__(self, max_tokens: int, max_head_rows: int, quant_columns: int) -> None: ...
+    def buffer(self, width: int, /) -> int: ...
+    def vector(self, values: NDArray[np.float32], /) -> int: ...
+    def matrix(self, data: NDArray[np.uint8], types: list[str], rows: int, columns: int, /) -> int:
+        """types: one, or two of a pair."""
+
+    def rope_table(self, table: NDArray[np.float32], /) -> int:
+        """[positions, dims]; may be filled later, before a position is used."""
+
+    def pool(self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
+    def embed(self, matrix: int, scale: float, out: int, /) -> None: ...
+    def linear(self, x: int, norm: NormRef, projections: list[tuple[int, int, int]], residual: int, /) -> None:
+        """projections: (matrix, bias vector or -1, out buffer)."""
+
+    def glu(self, x: int, norm: NormRef, matrix: int, gelu: bool, out: int, /) -> None: ...
+    def attention(self, spec: AttentionSpec, /) -> None: ...
+    def add_norm(self, a: int, b: int, norm: NormRef, out: int, /) -> None: ...
+    def select(self, x: int, out: int, /) -> None: ...
+
+class Executor:
+    """Runs a program. Takes the builder's content: the builder is spent."""
+    def __init__(self, builder: ProgramBuilder, isa: str, num_threads: int) -> None: ...
+    def run(
+        self,
+        token_ids: NDArray[np.int32],
+        sequences: list[tuple[int, int, list[NDArray[np.int32]]]],
+        logit_rows: NDArray[np.int32],
+        /,
+    ) -> bool:
+        """sequences: (num_new, num_cached, page tables). Raises what a signal handler raised."""
+
+    def head(self, first: int, logits: NDArray[np.float32], /) -> bool:
+        """Writes logits [count, vocab_size]."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent computing."""
+
+class BadLogits(AssertionError): ...
+
+class SamplingRules:
+    """SamplingParams, checked."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_tokens: int
+    logit_bias: list[tuple[int, float]]
+    seed: int
+    num_logprobs: int
+    def __init__(self) -> None: ...
+
+class Sampler:
+    """See isotherm.engine.sampling.Sampler."""
+    def __init__(self, rules: SamplingRules, vocab_size: int) -> None: ...
+    def sample(
+        self, logits: NDArray[np.float32], history: NDArray[np.int32], position: int, sequence: int
+    ) -> tuple[int, float, list[tuple[int, float]]] | None:
+        """(token id, log-probability, the likeliest); None where every token is banned."""
