@@ -138,7 +138,8 @@ class LlamaCpp:
         started = time.perf_counter()
         for start in range(0, num_tokens, at_once):
             part = ids[start : start + at_once]
-            batch = self._lib.llama_batch_get_one((self._lib.llama_token * len(part))(*part), len(part))
+            tokens = (self._lib.llama_token * len(part))(*part)  # the batch holds a pointer to it
+            batch = self._lib.llama_batch_get_one(tokens, len(part))
             status = self._lib.llama_decode(self._context, batch)
             if status:
                 raise RuntimeError(f"llama_decode gives {status}")
@@ -201,7 +202,7 @@ def serve(name: str) -> None:
         except ImportError as error:
             answer = {"error": f"not installed ({error})"}
         except Exception as error:  # a peer's failure is a result: it is named and left out
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
         print(json.dumps(answer), file=answers, flush=True)
         idle_since = (time.process_time(), time.perf_counter())
 

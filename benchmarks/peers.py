@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import engines
 from engines import ENGINES, Task
+from isotherm.probe import physical_cores
 
 RESULTS = Path(__file__).parent / "results"
 IDLE_CPU_SHARE = 0.05  # of the time an engine waits: beyond it the engine spins and slows the others
@@ -197,7 +198,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-n", "--n-gen", type=int, default=64)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("-d", "--depth", type=int, default=0, help="tokens in the context before decoding")
-    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="default: %(default)s")
     parser.add_argument("--engines", default=",".join(ENGINES), help="default: %(default)s; isotherm always runs")
     parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--openvino-python", default=sys.executable, help="interpreter that has openvino-genai")

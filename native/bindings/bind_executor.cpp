@@ -60,12 +60,10 @@ struct AttentionSpec {
 // Collects a NativeProgram. Buffers, vectors, matrices, tables and pools are named by the index that adding them gives.
 class ProgramBuilder {
  public:
-  ProgramBuilder(int max_tokens, int max_head_rows, int quant_columns) {
+  ProgramBuilder(int max_tokens, int max_head_rows) {
     require(max_tokens > 0 && max_head_rows > 0, "batch limits must be positive");
-    require(quant_columns == 256 || quant_columns == 32, "quant_columns is 256 or 32");
     program_.max_tokens = max_tokens;
     program_.max_head_rows = max_head_rows;
-    program_.quant_columns = quant_columns;
   }
 
   int buffer(int width) {
@@ -270,7 +268,7 @@ void bind_executor(nb::module_& m) {
       .def_rw("state", &AttentionSpec::state)
       .def_rw("slot", &AttentionSpec::slot);
   nb::class_<ProgramBuilder>(m, "ProgramBuilder")
-      .def(nb::init<int, int, int>(), nb::arg("max_tokens"), nb::arg("max_head_rows"), nb::arg("quant_columns"))
+      .def(nb::init<int, int>(), nb::arg("max_tokens"), nb::arg("max_head_rows"))
       .def("buffer", &ProgramBuilder::buffer)
       .def("vector", &ProgramBuilder::vector)
       .def("matrix", &ProgramBuilder::matrix)

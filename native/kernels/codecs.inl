@@ -1,6 +1,6 @@
 // How each weight type lies in a tile chunk (ARCHITECTURE.md, P32), as a codec:
 //   kGroupQuads    quads (4 columns) that share a scale: 8, or 4 for Q6_K
-//   kZeroShift     log2 of the zero point, or -1 where there is none
+//   kStart         which of QuantRows::starts has its zero point
 //   kHasMinimum    a float minimum is added per group
 //   kWide          codes may pass 127
 //   chunk_bytes(columns), scale(tile, g), minimum(tile, g), pair<j>(tile, g): codes of quads 2j and 2j + 1 of group g
@@ -35,9 +35,9 @@ VEC Pair read_pair(const uint8_t* group) {
 }
 
 // Q4_0, Q5_0, Q8_0: per 64 columns a line of float16 scales of two groups, then their codes.
-template <Bits kBits, int kShift>
+template <Bits kBits, int kStartIndex>
 struct Symmetric {
-  static constexpr int kGroupQuads = 8, kZeroShift = kShift;
+  static constexpr int kGroupQuads = 8, kStart = kStartIndex;
   static constexpr bool kHasMinimum = false, kWide = kBits == Bits::kEight;
   static constexpr int kUnit = 64 + 2 * code_bytes(kBits);
   static constexpr int chunk_bytes(int columns) { return columns / 64 * kUnit; }
@@ -52,7 +52,7 @@ struct Symmetric {
 // Q4_1, Q5_1: per 32 columns a line of float16 scales and minima, then the codes.
 template <Bits kBits>
 struct Affine {
-  static constexpr int kGroupQuads = 8, kZeroShift = -1;
+  static constexpr int kGroupQuads = 8, kStart = 0;
   static constexpr bool kHasMinimum = true, kWide = false;
   static constexpr int kUnit = 64 + code_bytes(kBits);
   static constexpr int chunk_bytes(int columns) { return columns / 32 * kUnit; }
@@ -67,7 +67,7 @@ struct Affine {
 // Q4_K, Q5_K: float16 d and dmin, 6-bit scales and minima in a plane of low and a plane of high bits, codes.
 template <Bits kBits>
 struct SuperAffine {
-  static constexpr int kGroupQuads = 8, kZeroShift = -1;
+  static constexpr int kGroupQuads = 8, kStart = 0;
   static constexpr bool kHasMinimum = true, kWide = false;
   static constexpr int kHeader = 64 + 128 + 64;
   static constexpr int chunk_bytes(int) { return kHeader + 8 * code_bytes(kBits); }
@@ -100,7 +100,7 @@ struct SuperAffine {
 
 // Q6_K: float32 d, int8 scales of groups of 16, then per 32 columns nibbles and two lines of 2-bit planes.
 struct SuperSymmetric {
-  static constexpr int kGroupQuads = 4, kZeroShift = 5;
+  static constexpr int kGroupQuads = 4, kStart = kHalfBlockStart;
   static constexpr bool kHasMinimum = false, kWide = false;
   static constexpr int kHeader = 64 + 256;
   static constexpr int chunk_bytes(int) { return kHeader + 8 * code_bytes(Bits::kSix); }
@@ -118,9 +118,9 @@ struct SuperSymmetric {
   }
 };
 
-using Q4_0 = Symmetric<Bits::kFour, 3>;
-using Q5_0 = Symmetric<Bits::kFive, 4>;
-using Q8_0 = Symmetric<Bits::kEight, 7>;
+using Q4_0 = Symmetric<Bits::kFour, 1>;
+using Q5_0 = Symmetric<Bits::kFive, 2>;
+using Q8_0 = Symmetric<Bits::kEight, 4>;
 using Q4_1 = Affine<Bits::kFour>;
 using Q5_1 = Affine<Bits::kFive>;
 using Q4_K = SuperAffine<Bits::kFour>;
@@ -130,7 +130,7 @@ using Q6_K = SuperSymmetric;
 // A chunk of one tile, unpacked once and read by many tokens: codes a byte each, scales and minima as float32.
 template <class Source>
 struct Unpacked {
-  static constexpr int kGroupQuads = Source::kGroupQuads, kZeroShift = Source::kZeroShift;
+  static constexpr int kGroupQuads = Source::kGroupQuads, kStart = Source::kStart;
   static constexpr bool kHasMinimum = Source::kHasMinimum, kWide = Source::kWide;
   static constexpr int kMaxGroups = kChunkColumns / 4 / kGroupQuads;
   static constexpr int kMinima = 64 * kMaxGroups, kCodes = kMinima + (kHasMinimum ? 64 * kMaxGroups : 0);

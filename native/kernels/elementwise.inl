@@ -3,6 +3,11 @@ namespace {
 
 using namespace isotherm;
 
+// The bits of 1.5 * 2^23. An integer sum that starts here is, read as a float, kMagicFloat + the sum, exactly, as long
+// as the sum stays below 2^22: the conversion to float costs nothing.
+constexpr int32_t kMagic = 0x4B400000;
+constexpr float kMagicFloat = 12582912.0f;
+
 VEC F exp(F x) {
   x = min(max(x, splat(-87.0f)), splat(88.0f));
   const F n = rint(x * splat(1.44269504f));
@@ -50,34 +55,35 @@ void add(const float* a, const float* b, int n, float* out) {
   for (int i = 0; i < n; i += 16) store(out + i, load(a + i) + load(b + i));
 }
 
-void quantise(const float* x, int, const QuantRows& out, int row) {
-  int8_t* codes = out.codes + static_cast<size_t>(row) * out.columns;
-  int32_t* negated32 = out.negated32 + static_cast<size_t>(row) * (out.columns / 32);
-  int32_t* negated16 = out.negated16 + static_cast<size_t>(row) * (out.columns / 16);
-  float* sums32 = out.sums32 + static_cast<size_t>(row) * (out.columns / 32);
-  float* scales = out.scales + static_cast<size_t>(row) * out.num_scales();
+void quantise(const float* x, const QuantRows& out, int row) {
+  const size_t first_column = static_cast<size_t>(row) * out.columns, first_block = first_column / kBlockColumns;
   constexpr float kTiny = 0x1p-100f;  // a block whose largest magnitude is below is all zero
-  for (int start = 0; start < out.columns; start += out.quant_columns) {
-    const int end = start + out.quant_columns < out.columns ? start + out.quant_columns : out.columns;
-    F best = splat(0.0f);
-    for (int i = start; i < end; i += 16) best = max(abs(load(x + i)), best);
-    const float top = largest(best);
+  for (int block = 0; block < out.columns / kBlockColumns; block++) {
+    const F a = load(x + block * kBlockColumns), b = load(x + block * kBlockColumns + 16);
+    const float top = largest(max(abs(a), abs(b)));
     const bool live = top >= kTiny;
-    *scales++ = live ? top / 127.0f : 0.0f;
     const F inverse = splat(live ? 127.0f / top : 0.0f);
-    for (int i = start; i < end; i += 32) {
-      const I first = to_int(rint(load(x + i) * inverse)), second = to_int(rint(load(x + i + 16) * inverse));
-      store_i8(codes + i, first);
-      store_i8(codes + i + 16, second);
-      const int32_t a = sum(first), b = sum(second);
-      negated16[i / 16] = -a;
-      negated16[i / 16 + 1] = -b;
-      negated32[i / 32] = -(a + b);
-      sums32[i / 32] = static_cast<float>(a + b);
+    const I code_a = to_int(rint(a * inverse)), code_b = to_int(rint(b * inverse));
+    int8_t* codes = out.codes + first_column + block * kBlockColumns;
+    store_i8(codes, code_a);
+    store_i8(codes + 16, code_b);
+    const int32_t sum_a = sum(code_a), sum_b = sum(code_b);
+    const size_t at = first_block + block;
+    out.scales[at] = live ? top / 127.0f : 0.0f;
+    out.sums[at] = static_cast<float>(sum_a + sum_b);
+    for (int i = 0; i < kNumStarts; i++) {
+      if (!out.starts[i]) continue;
+      const int zero_point = kStartShifts[i] < 0 ? 0 : 1 << kStartShifts[i];
+      if (i == kHalfBlockStart) {
+        out.starts[i][2 * at] = kMagic - zero_point * sum_a;
+        out.starts[i][2 * at + 1] = kMagic - zero_point * sum_b;
+      } else {
+        out.starts[i][at] = kMagic - zero_point * (sum_a + sum_b);
+      }
     }
   }
   if (out.values)
-    for (int i = 0; i < out.columns; i += 16) store(out.values + static_cast<size_t>(row) * out.columns + i, load(x + i));
+    for (int i = 0; i < out.columns; i += 16) store(out.values + first_column + i, load(x + i));
 }
 
 void finish_linear(const float* totals, const float* bias, const float* residual, float* out) {

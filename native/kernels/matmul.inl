@@ -1,6 +1,7 @@
 // Panels of 32 weight rows times quantised activations.
 //
-//   block = fma(float(group's integer dot), scale, block) [then fma(sum of codes, minimum, block)], groups rising
+//   block = float(group's integer dot) * scale [groups of half a block: + the second half's, by fma]
+//   [block = fma(sum of the block's codes, minimum, block)]
 //   total = fma(block, activation scale, total), blocks rising
 //
 // Few tokens read codes straight from the packed panel; many read a chunk that was unpacked into L1 once.
@@ -12,23 +13,22 @@ using namespace isotherm;
 // Where row t's numbers of one chunk stand.
 struct ChunkRow {
   const int8_t* codes;
-  const int32_t* negated;  // by group
-  const float* sums;       // by group; read where there are minima
-  const float* scales;
+  const int32_t* starts;  // by group
+  const float* sums;      // by block
+  const float* scales;    // by block
 };
 
 template <class C>
 VEC ChunkRow chunk_row(const QuantRows& x, int row, int column) {
-  constexpr int kGroup = 4 * C::kGroupQuads;
-  const size_t r = static_cast<size_t>(row);
-  const int32_t* negated = kGroup == 16 ? x.negated16 : x.negated32;
-  return {x.codes + r * x.columns + column, negated + r * (x.columns / kGroup) + column / kGroup,
-          x.sums32 + r * (x.columns / 32) + column / 32, x.scales + r * x.num_scales() + column / x.quant_columns};
+  const size_t at = static_cast<size_t>(row) * x.columns + column;
+  return {x.codes + at, x.starts[C::kStart] + at / (4 * C::kGroupQuads), x.sums + at / kBlockColumns,
+          x.scales + at / kBlockColumns};
 }
 
 template <class C, int kTokens, int kTiles, int j>
 VEC void dot_pair(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&acc)[kTokens][kTiles]) {
   Pair codes[kTiles];
+#pragma GCC unroll 2
   for (int n = 0; n < kTiles; n++) codes[n] = C::template pair<j>(tiles[n], g);
   const int at = 4 * (g * C::kGroupQuads + 2 * j);
 #pragma GCC unroll 8
@@ -45,13 +45,12 @@ VEC void dot_pair(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&
   }
 }
 
+// Integer dots of one group, as kMagicFloat + dot.
 template <class C, int kTokens, int kTiles>
-VEC void multiply_group(const uint8_t* const* tiles, int g, const ChunkRow* rows, F (&block)[kTokens][kTiles]) {
-  I acc[kTokens][kTiles];
+VEC void dot_group(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&acc)[kTokens][kTiles]) {
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; t++) {
-    I start = isplat(0);
-    if constexpr (C::kZeroShift >= 0) start = shift_left<C::kZeroShift>(isplat(rows[t].negated[g]));
+    const I start = isplat(rows[t].starts[g]);
 #pragma GCC unroll 2
     for (int n = 0; n < kTiles; n++) acc[t][n] = start;
   }
@@ -61,16 +60,44 @@ VEC void multiply_group(const uint8_t* const* tiles, int g, const ChunkRow* rows
     dot_pair<C, kTokens, kTiles, 2>(tiles, g, rows, acc);
     dot_pair<C, kTokens, kTiles, 3>(tiles, g, rows, acc);
   }
+}
+
+// y += one block. float(dot) * scale is fma(magic + dot, scale, -magic * scale): scales have at most 18 significant
+// bits, so the last product is exact and the rounding is the same.
+template <class C, int kTokens, int kTiles>
+VEC void multiply_block(const uint8_t* const* tiles, int b, const ChunkRow* rows, F (&y)[kTokens][kTiles]) {
+  constexpr int kGroups = 8 / C::kGroupQuads;
+  F block[kTokens][kTiles];
 #pragma GCC unroll 2
-  for (int n = 0; n < kTiles; n++) {
-    const F scale = C::scale(tiles[n], g);
+  for (int g = 0; g < kGroups; g++) {
+    I acc[kTokens][kTiles];
+    dot_group<C, kTokens, kTiles>(tiles, b * kGroups + g, rows, acc);
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) {
+      const F scale = C::scale(tiles[n], b * kGroups + g), offset = scale * splat(-kMagicFloat);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) block[t][n] = fma(to_float(acc[t][n]), scale, block[t][n]);
-    if constexpr (C::kHasMinimum) {
-      const F minimum = C::minimum(tiles[n], g);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; t++) block[t][n] = fma(splat(rows[t].sums[g]), minimum, block[t][n]);
+      for (int t = 0; t < kTokens; t++) {
+        if (g == 0) {
+          block[t][n] = fma(as_float(acc[t][n]), scale, offset);
+        } else {
+          block[t][n] = fma(as_float(acc[t][n]) - splat(kMagicFloat), scale, block[t][n]);
+        }
+      }
     }
+  }
+  if constexpr (C::kHasMinimum) {
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) {
+      const F minimum = C::minimum(tiles[n], b);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; t++) block[t][n] = fma(splat(rows[t].sums[b]), minimum, block[t][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++) {
+    const F scale = splat(rows[t].scales[b]);
+#pragma GCC unroll 2
+    for (int n = 0; n < kTiles; n++) y[t][n] = fma(block[t][n], scale, y[t][n]);
   }
 }
 
@@ -80,26 +107,16 @@ void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x
   ChunkRow rows[kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; t++) rows[t] = chunk_row<C>(x, row + t, column);
-  const int num_groups = columns / 4 / C::kGroupQuads;
-  const int groups_per_scale = x.quant_columns / 4 / C::kGroupQuads;
-  for (int first = 0, s = 0; first < num_groups; first += groups_per_scale, s++) {
-    F block[kTokens][kTiles];
+  F y[kTokens][kTiles];
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++)
+  for (int t = 0; t < kTokens; t++)
 #pragma GCC unroll 2
-      for (int n = 0; n < kTiles; n++) block[t][n] = splat(0.0f);
-    const int last = first + groups_per_scale < num_groups ? first + groups_per_scale : num_groups;
-    for (int g = first; g < last; g++) multiply_group<C, kTokens, kTiles>(tiles, g, rows, block);
+    for (int n = 0; n < kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
+  for (int b = 0; b < columns / kBlockColumns; b++) multiply_block<C, kTokens, kTiles>(tiles, b, rows, y);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) {
-      const F scale = splat(rows[t].scales[s]);
+  for (int t = 0; t < kTokens; t++)
 #pragma GCC unroll 2
-      for (int n = 0; n < kTiles; n++) {
-        float* total = totals + t * kPanelRows + n * kTileRows;
-        store(total, fma(block[t][n], scale, load(total)));
-      }
-    }
-  }
+    for (int n = 0; n < kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
 }
 
 template <class C, int kTokens, int kTiles>
@@ -225,7 +242,8 @@ void decode_row(const uint8_t* tile, int columns, int lane, float* out) {
   alignas(64) uint8_t unpacked[kMaxUnpackedBytes];
   using Flat = Unpacked<C>;
   Flat::unpack(tile, columns, unpacked);
-  constexpr int kGroup = 4 * C::kGroupQuads, kZero = C::kZeroShift < 0 ? 0 : 1 << (C::kZeroShift < 0 ? 0 : C::kZeroShift);
+  constexpr int kGroup = 4 * C::kGroupQuads, kShift = kStartShifts[C::kStart];
+  constexpr int kZero = kShift < 0 ? 0 : 1 << (kShift < 0 ? 0 : kShift);
   for (int k = 0; k < columns; k++) {
     float scales[16], minima[16];
     store(scales, Flat::scale(unpacked, k / kGroup));

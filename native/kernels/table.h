@@ -16,18 +16,21 @@ constexpr int kNumWeightTypes = 11;
 
 enum class Activation : int { kSilu, kGeluTanh };
 
+constexpr int kBlockColumns = 32;  // columns that share an activation scale
+
+// Where an integer sum starts (see kMagic in matmul.inl), by zero point of the weights: none, 8, 16, 32, 128.
+constexpr int kNumStarts = 5;
+constexpr int kStartShifts[kNumStarts] = {-1, 3, 4, 5, 7};
+constexpr int kHalfBlockStart = 3;  // this one is kept per 16 columns: the weights' groups are half a block
+
 // Rows of one quantised activation. Columns are padded with zeros to a multiple of 64.
 struct QuantRows {
   int columns;
-  int quant_columns;   // columns that share a scale: 256 or 32
-  int8_t* codes;       // [rows][columns]
-  float* scales;       // [rows][ceil(columns / quant_columns)]
-  int32_t* negated32;  // [rows][columns / 32] minus the sum of a group's codes: a zero point enters as a shift of it
-  int32_t* negated16;  // [rows][columns / 16]
-  float* sums32;       // [rows][columns / 32] the sum of a group's codes: minima are multiplied by it
-  float* values;       // [rows][columns] before quantising; null unless a weight stored as floats reads it
-
-  int num_scales() const { return (columns + quant_columns - 1) / quant_columns; }
+  int8_t* codes;                // [rows][columns]
+  float* scales;                // [rows][columns / 32]
+  float* sums;                  // [rows][columns / 32] sums of the codes of a block: minima are multiplied by them
+  int32_t* starts[kNumStarts];  // [rows][columns / 32, or / 16]; null where no weight of the step has that zero point
+  float* values;                // [rows][columns] before quantising; null unless a weight stored as floats reads it
 };
 
 // One panel (see ARCHITECTURE.md, P32) times num_rows activations, into totals [num_rows][32].
@@ -77,7 +80,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*add_norm)(const float* a, const float* b, const float* weight, int n, float eps, float* out);
   void (*add)(const float* a, const float* b, int n, float* out);
-  void (*quantise)(const float* x, int n, const QuantRows& out, int row);
+  void (*quantise)(const float* x, const QuantRows& out, int row);
   void (*multiply_panel)(const PanelArgs& args);
   // out[i] = totals[i] + bias + residual over 32 columns; bias and residual may be null
   void (*finish_linear)(const float* totals, const float* bias, const float* residual, float* out);

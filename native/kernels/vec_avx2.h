@@ -80,10 +80,7 @@ VEC float largest(F x) {
 }
 
 VEC I isplat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-template <int kBits>
-VEC I shift_left(I x) {
-  return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
-}
+VEC F as_float(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 VEC int32_t sum(I x) {
   const __m256i h = _mm256_add_epi32(x.a, x.b);
   const __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));

@@ -131,9 +131,10 @@ VEC float largest(F x) {
 VEC I isplat(int32_t x) {
   return each<I>([=](int) { return x; });
 }
-template <int kBits>
-VEC I shift_left(I a) {
-  return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits); });
+VEC F as_float(I a) {
+  F out;
+  std::memcpy(out.v, a.v, sizeof out.v);
+  return out;
 }
 VEC int32_t sum(I a) {
   int32_t total = 0;

@@ -62,26 +62,25 @@ T* Executor::allocate(size_t count) {
   return arenas_.back().as<T>();
 }
 
-QuantRows Executor::make_rows(int num_rows, int columns, bool with_values) {
+QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs) {
   const size_t elements = static_cast<size_t>(num_rows) * columns;
   QuantRows rows{};
-  rows.quant_columns = program_.quant_columns;
   rows.codes = allocate<int8_t>(elements);
-  rows.scales = allocate<float>(elements / 32);
-  rows.negated32 = allocate<int32_t>(elements / 32);
-  rows.negated16 = allocate<int32_t>(elements / 16);
-  rows.sums32 = allocate<float>(elements / 32);
-  if (with_values) rows.values = allocate<float>(elements);
+  rows.scales = allocate<float>(elements / kBlockColumns);
+  rows.sums = allocate<float>(elements / kBlockColumns);
+  for (int i = 0; i < kNumStarts; i++)
+    if (needs.starts[i]) rows.starts[i] = allocate<int32_t>(elements / (i == kHalfBlockStart ? 16 : kBlockColumns));
+  if (needs.values) rows.values = allocate<float>(elements);
   return rows;
 }
 
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
   int columns = 64, head_dim = 16, tile_rows = 1;
-  bool floats = false;
+  InputNeeds needs;
   const auto look = [&](const Matrix& m) {
     columns = std::max(columns, m.padded_columns());
-    floats = floats || m.has_floats();
+    needs.add(m);
   };
   for (const Step& step : program_.steps) {
     if (const auto* linear = std::get_if<LinearStep>(&step))
@@ -93,15 +92,15 @@ void Executor::measure() {
     }
   }
   const size_t num_buffers = program_.widths.size(), rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
-  arenas_.reserve(num_buffers + 8 * (workers_.size() + 1));
+  arenas_.reserve(num_buffers + 12 * (workers_.size() + 1));
   for (size_t i = 0; i < num_buffers; i++) {
     const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;
     const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it
     buffers_.push_back({is_logits ? nullptr : allocate<float>(stride * rows), stride, program_.widths[i]});
   }
-  shared_ = make_rows(static_cast<int>(rows), columns, floats);
+  shared_ = make_rows(static_cast<int>(rows), columns, needs);
   for (Worker& worker : workers_) {
-    worker.rows = make_rows(kRedundantRows, columns, floats);
+    worker.rows = make_rows(kRedundantRows, columns, needs);
     worker.normed = allocate<float>(static_cast<size_t>(columns));
     worker.totals = allocate<float>(rows * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));

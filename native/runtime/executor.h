@@ -62,7 +62,7 @@ class Executor {
     std::atomic<int> next{0};
   };
 
-  QuantRows make_rows(int num_rows, int columns, bool with_values);
+  QuantRows make_rows(int num_rows, int columns, const InputNeeds& needs);
   template <class T>
   T* allocate(size_t count);
   void measure();
@@ -77,7 +77,7 @@ class Executor {
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
-  bool quantise(int x, Norm norm, const Matrix& weight, bool with_values, int num_rows, int thread, QuantRows& rows);
+  bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, int num_rows, int thread, QuantRows& rows);
   void append_tokens(const AttentionStep& step, int thread);
   bool attend_split(const AttentionStep& step, size_t index, int thread);
   void attend_tiles(const AttentionStep& step, size_t index, int thread);

@@ -21,7 +21,36 @@ struct Matrix {
   int rows_per_panel() const { return is_pair ? kTileRows : kPanelRows; }
   int num_panels() const { return (rows + rows_per_panel() - 1) / rows_per_panel(); }
   int padded_columns() const { return (columns + 63) / 64 * 64; }
-  bool has_floats() const { return type_a <= WeightType::BF16 || type_b <= WeightType::BF16; }
+};
+
+// Which of QuantRows::starts and values some weights read.
+struct InputNeeds {
+  bool starts[kNumStarts] = {};
+  bool values = false;
+
+  void add(const Matrix& m) {
+    for (const WeightType type : {m.type_a, m.type_b}) switch (type) {
+        case WeightType::F32:
+        case WeightType::F16:
+        case WeightType::BF16:
+          values = true;
+          break;
+        case WeightType::Q4_0:
+          starts[1] = true;
+          break;
+        case WeightType::Q5_0:
+          starts[2] = true;
+          break;
+        case WeightType::Q6_K:
+          starts[kHalfBlockStart] = true;
+          break;
+        case WeightType::Q8_0:
+          starts[4] = true;
+          break;
+        default:
+          starts[0] = true;
+      }
+  }
 };
 
 struct Norm {
@@ -107,7 +136,6 @@ struct BatchView {
 struct NativeProgram {
   int max_tokens;     // rows of a batch
   int max_head_rows;  // rows that the head takes at once
-  int quant_columns;
   std::vector<int> widths;  // of the buffers; the last buffer is the logits
   std::vector<Step> steps;  // those from the SelectStep on run on logit rows
   std::vector<KvPool> pools;

@@ -36,36 +36,38 @@ bool Executor::run_step(const EmbedStep& step, size_t, int thread) {
   return false;
 }
 
-bool Executor::quantise(int x, Norm norm, const Matrix& weight, bool with_values, int num_rows, int thread,
+bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, int num_rows, int thread,
                         QuantRows& rows) {
   const bool redundant = num_rows <= kRedundantRows;
   Worker& worker = workers_[thread];
   rows = redundant ? worker.rows : shared_;
-  rows.columns = weight.padded_columns();
-  if (!with_values) rows.values = nullptr;
+  rows.columns = (columns + 63) / 64 * 64;
+  for (int i = 0; i < kNumStarts; i++)
+    if (!needs.starts[i]) rows.starts[i] = nullptr;
+  if (!needs.values) rows.values = nullptr;
   const Range mine = redundant ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
   for (int i = mine.first; i < mine.last; i++) {
     const float* row = buffers_[x].row(i);
     if (norm.weight) {
-      kernels_.rms_norm(row, norm.weight, weight.columns, norm.eps, worker.normed);
-      std::fill(worker.normed + (weight.columns + 15) / 16 * 16, worker.normed + rows.columns, 0.0f);
+      kernels_.rms_norm(row, norm.weight, columns, norm.eps, worker.normed);
+      std::fill(worker.normed + (columns + 15) / 16 * 16, worker.normed + rows.columns, 0.0f);
       row = worker.normed;
     }
-    kernels_.quantise(row, weight.columns, rows, i);
+    kernels_.quantise(row, rows, i);
   }
   return !redundant && barrier();
 }
 
 bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
-  bool floats = false;
+  InputNeeds needs;
   int total = 0;
   for (const Projection& p : step.projections) {
-    floats = floats || p.weight.has_floats();
+    needs.add(p.weight);
     total += p.weight.num_panels();
   }
   QuantRows x;
-  if (quantise(step.x, step.norm, step.projections[0].weight, floats, num_rows, thread, x)) return true;
+  if (quantise(step.x, step.norm, step.projections[0].weight.columns, needs, num_rows, thread, x)) return true;
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
     const Projection* p = step.projections.data();
@@ -95,8 +97,10 @@ bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
 bool Executor::run_step(const GluStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   const Matrix& w = step.weight;
+  InputNeeds needs;
+  needs.add(w);
   QuantRows x;
-  if (quantise(step.x, step.norm, w, w.has_floats(), num_rows, thread, x)) return true;
+  if (quantise(step.x, step.norm, w.columns, needs, num_rows, thread, x)) return true;
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
     kernels_.multiply_panel({w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});

@@ -7,7 +7,7 @@ def available_isas() -> list[str]:
     """Instruction sets that this processor can run, slowest first."""
 
 def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int, round_s: float) -> float:
-    """Bytes per second read from memory: the best round of each way to read."""
+    """Bytes per second read from memory: the best round."""
 
 def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) -> float:
     """Operations per second of int8 dot products in registers, the best round."""
@@ -37,7 +37,7 @@ class AttentionSpec:
 
 class ProgramBuilder:
     """Collects a program. What is added is named by the index that adding it gives; arrays are kept alive."""
-    def __init__(self, max_tokens: int, max_head_rows: int, quant_columns: int) -> None: ...
+    def __init__(self, max_tokens: int, max_head_rows: int) -> None: ...
     def buffer(self, width: int, /) -> int: ...
     def vector(self, values: NDArray[np.float32], /) -> int: ...
     def matrix(self, data: NDArray[np.uint8], types: list[str], rows: int, columns: int, /) -> int:

@@ -5,14 +5,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from isotherm.backends.cpu.backend import CpuBackend
 from isotherm.backends.cpu.isa import choose_isa
 from isotherm.backends.cpu.limits import CpuLimits, kv_bytes, work_bytes
 from isotherm.backends.cpu.packing import pack_program, packed_entries
-from isotherm.backends.cpu.precision import COARSE_COLUMNS, SAMPLE_TEXT, choose_precision
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine
 from isotherm.engine.kv_pages import pages_needed
@@ -31,7 +27,6 @@ from isotherm.quantization.packed_file import (
     SUFFIX,
     CacheUnavailable,
     EntryKind,
-    EntrySpec,
     PackedMemory,
     PackedSink,
     PackedWeights,
@@ -39,12 +34,10 @@ from isotherm.quantization.packed_file import (
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
-from isotherm.types import QuantType
 
 BACKENDS = ("cpu", "reference")
 DEFAULT_CACHE_BYTES = 64 << 30  # of packed models, the least recently used go first
 
-_PRECISION = "quant_columns"  # packed entry: columns per activation scale
 _BATCH_TOKENS = 512
 _LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
 _MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
@@ -96,15 +89,13 @@ class _Assembly:
         limits = self._limits(context_tokens)
         compiled: CompiledProgram
         if self._options.backend == "reference":
-            isa, quant_columns = "numpy", None
+            isa = "numpy"
             compiled = ReferenceBackend(checkpoint.tensors).compile(self._program, num_pages=limits.num_pages)
         else:
             isa = self._isa
             weights = self._packed()
             checkpoint.close()  # what the packed form holds is never read from the source
-            quant_columns = int(weights.array(_PRECISION)[0])
-            backend = CpuBackend(weights, isa=isa, num_threads=self._num_threads, quant_columns=quant_columns)
-            compiled = backend.compile(lowered, limits)
+            compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
         engine = Engine(compiled, lowered, context_tokens=context_tokens, batch_tokens=limits.max_tokens)
         facts = ModelFacts(
             name=name,
@@ -118,7 +109,6 @@ class _Assembly:
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
-            quant_columns=quant_columns,
             memory=memory,
             load_s=time.perf_counter() - started,
         )
@@ -180,7 +170,6 @@ class _Assembly:
         def build(sink: PackedSink) -> None:
             self._reporter.notice(f"packing {checkpoint.config.name} for this engine, once")
             pack_program(self._lowered, checkpoint.tensors, sink)
-            sink.add(EntrySpec(_PRECISION, EntryKind.VECTOR, (QuantType.F32,), (1,)), [self._precision(sink.added())])
 
         if self._options.cache_bytes > 0:
             digest = hashlib.sha256(self._lowered.dump().encode()).hexdigest()
@@ -196,14 +185,3 @@ class _Assembly:
         memory = PackedMemory()
         build(memory)
         return memory
-
-    def _precision(self, weights: PackedWeights) -> NDArray[np.uint8]:
-        """The choice of activation scales, kept with the weights: part of what the model's answers depend on."""
-        ids = self._tokenizer.encode(SAMPLE_TEXT, add_special=True, parse_special=False)
-        choice = choose_precision(self._lowered, weights, ids, isa=self._isa, num_threads=self._num_threads)
-        if choice.quant_columns != COARSE_COLUMNS:
-            self._reporter.notice(
-                f"activations are scaled per {choice.quant_columns} columns: per {COARSE_COLUMNS} would cost a mean "
-                f"KL divergence of {choice.coarse_kl:.4f}; prefill is 5-10 % slower for it"
-            )
-        return np.array([choice.quant_columns], np.float32).view(np.uint8)

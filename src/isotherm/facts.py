@@ -46,6 +46,5 @@ class ModelFacts:
     backend: str
     isa: str
     num_threads: int
-    quant_columns: int | None  # columns that share an activation scale; None: nothing is quantised
     memory: MemoryForecast
     load_s: float

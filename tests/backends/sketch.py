@@ -55,27 +55,25 @@ class Finished:
     program: Program
     tensors: dict[str, StoredTensor]
 
-    def reference(self, batch: Batch, quant_columns: int = 256) -> F32:
+    def reference(self, batch: Batch) -> F32:
         """Logits of the batch's logit rows."""
-        compiled = self.compile_reference(self._num_pages(batch), quant_columns)
+        compiled = self.compile_reference(self._num_pages(batch))
         compiled.forward(batch)
         return compiled.logits(0, len(batch.logit_rows))
 
-    def compile_reference(self, num_pages: tuple[int, ...], quant_columns: int = 256) -> CompiledReference:
-        return ReferenceBackend(self.tensors, quant_columns=quant_columns).compile(self.program, num_pages=num_pages)
+    def compile_reference(self, num_pages: tuple[int, ...]) -> CompiledReference:
+        return ReferenceBackend(self.tensors).compile(self.program, num_pages=num_pages)
 
-    def native(self, batch: Batch, isa: str, num_threads: int = 2, quant_columns: int = 256) -> F32:
-        compiled = self.compile(isa, num_threads, quant_columns, self._num_pages(batch))
+    def native(self, batch: Batch, isa: str, num_threads: int = 2) -> F32:
+        compiled = self.compile(isa, num_threads, self._num_pages(batch))
         compiled.forward(batch)
         return compiled.logits(0, len(batch.logit_rows))
 
-    def compile(
-        self, isa: str, num_threads: int = 2, quant_columns: int = 256, num_pages: tuple[int, ...] = ()
-    ) -> CompiledCpu:
+    def compile(self, isa: str, num_threads: int = 2, num_pages: tuple[int, ...] = ()) -> CompiledCpu:
         """For batches of up to 2048 tokens and positions."""
         memory = PackedMemory()
         pack_program(self.program, self.tensors, memory)
-        backend = CpuBackend(memory, isa=isa, num_threads=num_threads, quant_columns=quant_columns)
+        backend = CpuBackend(memory, isa=isa, num_threads=num_threads)
         return backend.compile(self.program, CpuLimits(2048, num_pages, max_tokens=2048, max_head_rows=2048))
 
     def _num_pages(self, batch: Batch) -> tuple[int, ...]:
@@ -184,12 +182,12 @@ def assert_equal(actual: F32, expected: F32, what: str) -> None:
         raise AssertionError(f"{what}: {len(different)} differ, first at {at}: {actual[at]!r}, not {expected[at]!r}")
 
 
-def assert_equal_on_every_isa(finished: Finished, max_tokens: int = MAX_TOKENS, *, quant_columns: int = 256) -> None:
+def assert_equal_on_every_isa(finished: Finished, max_tokens: int = MAX_TOKENS) -> None:
     """Native = reference, for every number of tokens up to `max_tokens` that TOKEN_COUNTS names, on two threads."""
-    expected = finished.reference(chain(max_tokens, num_states=len(finished.program.states)), quant_columns)
+    expected = finished.reference(chain(max_tokens, num_states=len(finished.program.states)))
     for isa in ISAS:
         pages = (-(-max_tokens // PAGE_TOKENS),) * len(finished.program.states)
-        compiled = finished.compile(isa, 2, quant_columns, pages)
+        compiled = finished.compile(isa, 2, pages)
         for num_tokens in (*(n for n in TOKEN_COUNTS if n < max_tokens), max_tokens):
             compiled.forward(chain(num_tokens, num_states=len(pages)))
             actual = compiled.logits(0, num_tokens)

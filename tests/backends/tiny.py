@@ -34,19 +34,14 @@ class TinyModel:
     lowered: Program
     packed: PackedMemory
 
-    def native(
-        self, isa: str, num_threads: int = 2, *, quant_columns: int = 256, num_pages: int = 32, max_tokens: int = 2048
-    ) -> CompiledCpu:
-        backend = CpuBackend(self.packed, isa=isa, num_threads=num_threads, quant_columns=quant_columns)
+    def native(self, isa: str, num_threads: int = 2, *, num_pages: int = 32, max_tokens: int = 2048) -> CompiledCpu:
+        backend = CpuBackend(self.packed, isa=isa, num_threads=num_threads)
         limits = CpuLimits(MAX_POSITIONS, (num_pages,) * len(self.lowered.states), max_tokens, max_head_rows=max_tokens)
         return backend.compile(self.lowered, limits)
 
-    def reference(
-        self, *, lowered: bool = True, quant_columns: int = 256, num_pages: int = 8
-    ) -> CompiledReference:
-        backend = ReferenceBackend(self.checkpoint.tensors, quant_columns=quant_columns)
+    def reference(self, *, lowered: bool = True, num_pages: int = 8) -> CompiledReference:
         program = self.lowered if lowered else self.recorded
-        return backend.compile(program, num_pages=(num_pages,) * len(program.states))
+        return ReferenceBackend(self.checkpoint.tensors).compile(program, num_pages=(num_pages,) * len(program.states))
 
     def sequence(self, num_new: int, num_cached: int, pages: Ints) -> Sequence:
         """The same pages in every state group; those that a window has passed are freed."""

@@ -36,7 +36,8 @@ class Folder:
     purpose: str
     path: str
     num_bytes: int
-    free_bytes: int  # on its disk
+    disk: int  # number of its disk, which folders may share
+    free_bytes: int  # on that disk
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def examine() -> Diagnosis:
     except UnsupportedCpu as error:
         isa = isas[-1]
         complaints.append(f"{error}; unset ISOTHERM_ISA")
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before our own work adds to it
     notice("measuring this machine")
     memory = psutil.virtual_memory()
     device = measure(physical_cores(), isa)
@@ -92,7 +94,7 @@ def examine() -> Diagnosis:
         available_memory_bytes=memory.available,
         isas=isas,
         huge_pages=_huge_pages(),
-        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load_average=load_average,
         environment=_environment(),
         folders=_folders(),
         packed=_packed(),
@@ -127,7 +129,7 @@ def warnings(d: Diagnosis) -> list[str]:
             f"other work runs here (load {d.load_average:.1f} on {d.num_machine_cores} cores): "
             "end it before you measure, or expect less"
         )
-    for folder in d.folders:
+    for folder in {folder.disk: folder for folder in d.folders}.values():
         if folder.free_bytes < _LEAST_FREE_BYTES:
             found.append(
                 f"{_size(folder.free_bytes)} free on the disk of {folder.path}: make room, or point ISOTHERM_CACHE "
@@ -240,7 +242,7 @@ def _folder(purpose: str, path: Path) -> Folder:
         except FileNotFoundError:  # gone meanwhile
             continue
         num_bytes += status.st_size if not entry.is_dir() else 0
-    return Folder(purpose, str(path), num_bytes, shutil.disk_usage(existing).free)
+    return Folder(purpose, str(path), num_bytes, existing.stat().st_dev, shutil.disk_usage(existing).free)
 
 
 def _packed() -> tuple[Packed, ...]:

@@ -45,7 +45,7 @@ class Speed:
     samples: tuple[float, ...]  # tokens per second
     limit: str
     limit_share: float
-    python_share: float | None  # of the time of a decode step, outside native code
+    python_share: float | None  # of the time of a decode step: what Python and the sampler take
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +100,7 @@ class _Timer:
     def forget(self) -> None:
         self._prefill: list[float] = []
         self._decode: list[float] = []
-        self._total_s = self._native_s = 0.0
+        self._total_s = self._busy_s = 0.0
 
     def repeat(self) -> None:
         options = self._options
@@ -110,7 +110,7 @@ class _Timer:
             timing = self._model.decode_s(options.decode_tokens, depth=options.depth)
             self._decode.append(options.decode_tokens / timing.total_s)
             self._total_s += timing.total_s
-            self._native_s += timing.busy_s
+            self._busy_s += timing.busy_s
 
     def results(self, device: DeviceFacts) -> tuple[Speed, ...]:
         options, facts, results = self._options, self._model.facts, []
@@ -120,7 +120,7 @@ class _Timer:
         if self._decode:
             share = facts.token_bytes * statistics.median(self._decode) / device.read_bytes_per_s
             name = f"tg{options.decode_tokens}" + (f" @ d{options.depth}" if options.depth else "")
-            python_share = 1 - self._native_s / self._total_s
+            python_share = 1 - self._busy_s / self._total_s
             results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share))
         return tuple(results)
 

@@ -83,9 +83,6 @@ class PackedSink(Protocol):
     def add(self, spec: EntrySpec, pieces: Iterable[U8]) -> None:
         """Stores one entry; the pieces, one after the other, are its `num_bytes` bytes."""
 
-    def added(self) -> "PackedWeights":
-        """What was added so far, to be read before it is whole."""
-
 
 class PackedWeights(Protocol):
     """Where packed weights are read: a `PackedFile` or a `PackedMemory`."""
@@ -188,9 +185,6 @@ class PackedMemory:
         data.flags.writeable = False
         self._specs[spec.name], self._data[spec.name] = spec, data
 
-    def added(self) -> "PackedMemory":
-        return self
-
     def entry(self, name: str) -> EntrySpec:
         return self._specs[name]
 
@@ -234,17 +228,6 @@ class PackedWriter:
         assert end - offset == spec.num_bytes
         self._entries[spec.name] = _Stored(spec, offset, crc32)
         self._offset = end
-
-    def added(self) -> PackedFile:
-        """The entries so far, mapped from the unfinished file."""
-        with cache_errors(temporary_path(self._path)):
-            os.ftruncate(self._file, self._offset)
-            file = os.open(temporary_path(self._path), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), np.uint8)
-            finally:
-                os.close(file)
-        return PackedFile(temporary_path(self._path), self._key, dict(self._entries), data)
 
     def commit(self) -> None:
         """Writes table, tail and head, waits for the disk and puts the file in place."""

@@ -25,16 +25,15 @@ HEAD_DIM_MULTIPLE = 16  # lanes of a vector
 class CpuBackend:
     """Packed weights and a way to run them."""
 
-    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int, quant_columns: int = 256) -> None:
-        """isa: as `choose_isa` gives it. quant_columns: columns per activation scale, 256 or 32."""
+    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int) -> None:
+        """isa: as `choose_isa` gives it."""
         self._weights = weights
         self._isa = isa
         self._num_threads = num_threads
-        self._quant_columns = quant_columns
 
     def compile(self, program: Program, limits: CpuLimits) -> "CompiledCpu":
         """`program` is lowered. Raises UnsupportedModel for a head size that the kernels cannot hold."""
-        builder = _native.ProgramBuilder(limits.max_tokens, limits.max_head_rows, self._quant_columns)
+        builder = _native.ProgramBuilder(limits.max_tokens, limits.max_head_rows)
         compiler = _Compiler(builder, program, self._weights, limits)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)

@@ -23,20 +23,15 @@ F32 = NDArray[np.float32]
 class ReferenceBackend:
     """Weights stay decoded in memory, 4 bytes an element: meant for tests and small models."""
 
-    def __init__(self, tensors: Mapping[str, WeightTensor], *, quant_columns: int = contract.QUANT_COLUMNS) -> None:
-        """tensors: by canonical name. quant_columns: columns per activation scale, 256 or 32."""
+    def __init__(self, tensors: Mapping[str, WeightTensor]) -> None:
+        """tensors: by canonical name."""
         self._tensors = tensors
-        self._quant_columns = quant_columns
         self._floats: dict[str, F32] = {}
         self._fields: dict[str, Fields] = {}
 
     def compile(self, program: Program, *, num_pages: tuple[int, ...]) -> "CompiledReference":
         """num_pages: KV pages to hold per state group."""
         return CompiledReference(program, self, num_pages)
-
-    @property
-    def quant_columns(self) -> int:
-        return self._quant_columns
 
     def is_float(self, name: str) -> bool:
         return self._tensors[name].quant_type.is_float
@@ -133,12 +128,12 @@ class CompiledReference:
     def _quantise(self, x: F32, norm: ops.NormWeights | None) -> tuple[F32, tuple[F32, F32]]:
         if norm is not None:
             x = contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps)
-        return x, contract.quantise(x, self._weights.quant_columns)
+        return x, contract.quantise(x)
 
     def _project(self, x: F32, quantised: tuple[F32, F32], weight: str) -> F32:
         if self._weights.is_float(weight):
             return contract.float_matmul(x, self._weights.floats(weight))
-        return contract.quant_matmul(*quantised, self._weights.fields(weight), self._weights.quant_columns)
+        return contract.quant_matmul(*quantised, self._weights.fields(weight))
 
     def _rope(self, rope: Rope, batch: Batch) -> F32:
         positions = batch.positions()

@@ -12,7 +12,7 @@ from isotherm.quantization.layouts import Fields
 F32 = NDArray[np.float32]
 
 LANES = 16
-QUANT_COLUMNS = 256  # columns that share one activation scale
+BLOCK_COLUMNS = 32  # columns that share one activation scale
 ATTENTION_BLOCK = 512  # positions of one softmax block
 _TINY = np.float32(2.0**-100)  # a block whose largest magnitude is below this is all zero
 _F16_MAX = np.float32(65504.0)
@@ -78,38 +78,32 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return normed
 
 
-def quantise(x: F32, quant_columns: int = QUANT_COLUMNS) -> tuple[F32, F32]:
+def quantise(x: F32) -> tuple[F32, F32]:
     """x [tokens, K] -> codes as float32 [tokens, K padded to 64], scales [tokens, blocks]."""
-    x = _padded(x, 64)
-    tokens, columns = x.shape
-    codes = np.zeros_like(x)
-    scales = np.zeros((tokens, -(-columns // quant_columns)), np.float32)
-    for block in range(scales.shape[1]):
-        part = slice(block * quant_columns, min((block + 1) * quant_columns, columns))
-        largest = np.abs(x[:, part]).max(axis=1)
-        live = largest >= _TINY
-        inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=live)
-        codes[:, part] = np.rint(x[:, part] * inverse[:, None])
-        scales[:, block] = np.where(live, largest / np.float32(127.0), np.float32(0.0))
-    return codes, scales
+    blocks = _padded(x, 64).reshape(len(x), -1, BLOCK_COLUMNS)
+    largest = np.abs(blocks).max(axis=2)
+    live = largest >= _TINY
+    inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=live)
+    scales = np.where(live, largest / np.float32(127.0), np.float32(0.0))
+    return np.rint(blocks * inverse[..., None]).reshape(len(x), -1), scales
 
 
-def quant_matmul(codes: F32, scales: F32, weight: Fields, quant_columns: int = QUANT_COLUMNS) -> F32:
-    """[tokens, N]: groups fma-ed into a block in rising order, blocks fma-ed into the sum in rising order."""
+def quant_matmul(codes: F32, scales: F32, weight: Fields) -> F32:
+    """[tokens, N]: the groups of a block fma-ed in rising order, blocks fma-ed into the sum in rising order."""
     size, num_groups = weight.group_size, weight.scale.shape[1]
     groups = codes[:, : num_groups * size].reshape(len(codes), num_groups, size).transpose(1, 0, 2)
     quads = weight.codes.reshape(len(weight.codes), num_groups, size).transpose(1, 2, 0).astype(np.float32)
     sums = groups.sum(axis=2, dtype=np.float32)  # [groups, tokens], exact: below 2 ** 24
     integers = groups @ quads - weight.zero_point * sums[..., None]  # [groups, tokens, N], exact
     y = np.zeros(integers.shape[1:], np.float32)
-    per_block = quant_columns // size
-    for block in range(scales.shape[1]):
-        acc = np.zeros_like(y)
-        for g in range(block * per_block, min((block + 1) * per_block, num_groups)):
-            acc = fma(integers[g], weight.scale[None, :, g], acc)
+    per_block = BLOCK_COLUMNS // size
+    for first in range(0, num_groups, per_block):
+        block = np.zeros_like(y)
+        for g in range(first, first + per_block):
+            block = fma(integers[g], weight.scale[None, :, g], block)
             if weight.minimum is not None:
-                acc = fma(sums[g][:, None], weight.minimum[None, :, g], acc)
-        y = fma(acc, scales[:, block][:, None], y)
+                block = fma(sums[g][:, None], weight.minimum[None, :, g], block)
+        y = fma(block, scales[:, first // per_block][:, None], y)
     return y
 
 

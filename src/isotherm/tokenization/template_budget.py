@@ -1,0 +1,111 @@
+"""What one rendering of a chat template may use: work and memory, counted in advance where one step could use it all.
+
+The count does not look at a clock, so that a template that passes on one machine passes on every one, however busy.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, MappingView
+from typing import TypeVar
+
+from jinja2.utils import Namespace
+
+from isotherm.errors import TemplateError
+
+_T = TypeVar("_T")
+
+# A step is about 50 ns. Both budgets grow with the input, so that a long chat is no attack.
+_BASE_STEPS = 10_000_000
+_STEPS_PER_VALUE = 2000
+_STEPS_PER_BYTE = 4
+_BASE_BYTES = 64 * 2**20
+_BYTES_PER_BYTE = 32
+
+_VALUE_STEPS = 4
+_VALUE_BYTES = 64
+_BYTES_PER_STEP = 16
+_MAX_DEPTH = 100
+_MAX_INT_BITS = 1024
+
+
+class TemplateBudget:
+    """Raises TemplateError as soon as steps or bytes run out.
+
+    Bytes count what was ever made, also what is garbage by now: memory in use is never more.
+    """
+
+    def __init__(self, given: object) -> None:
+        """given: what the template is rendered with."""
+        self._steps = sys.maxsize
+        given_bytes = self.read(given)
+        given_values = given_bytes // _VALUE_BYTES
+        self._steps = _BASE_STEPS + _STEPS_PER_VALUE * given_values + _STEPS_PER_BYTE * given_bytes
+        self._bytes = _BASE_BYTES + _BYTES_PER_BYTE * given_bytes
+
+    def step(self, num_steps: int) -> None:
+        self._steps -= num_steps
+        if self._steps < 0:
+            raise TemplateError("the chat template ran too long: it may loop without end; try another template")
+
+    def reserve(self, num_bytes: int) -> None:
+        """Before something of that size is made."""
+        if num_bytes > self._bytes:
+            raise TemplateError(f"the chat template asked for too much memory ({num_bytes} bytes); try another template")
+
+    def read(self, value: object) -> int:
+        """Pays for a walk over `value`; its size in bytes, shared parts counted as often as they would be printed."""
+        if isinstance(value, str):
+            size = sys.getsizeof(value)
+        else:
+            size = self._tree_bytes(value)
+        self.step(1 + size // _BYTES_PER_STEP)
+        return size
+
+    def keep(self, value: _T) -> _T:
+        """Pays for a value that has just been made."""
+        size = self.read(value)
+        self.reserve(size)
+        self._bytes -= size
+        return value
+
+    def keep_bytes(self, num_bytes: int) -> None:
+        self.reserve(num_bytes)
+        self._bytes -= num_bytes
+
+    def each(self, values: Iterable[_T]) -> Iterator[_T]:
+        """The same values, paid for as they come."""
+        for value in values:
+            yield self.keep(value)
+
+    def _tree_bytes(self, value: object) -> int:
+        size = 0
+        level: list[object] = [value]
+        for _ in range(_MAX_DEPTH):
+            below: list[object] = []
+            for item in level:
+                self.step(_VALUE_STEPS)
+                size += _VALUE_BYTES
+                if isinstance(item, str):
+                    size += sys.getsizeof(item)
+                elif isinstance(item, int):
+                    check_int_bits(item.bit_length())
+                else:
+                    below += _parts(item)
+            if not below:
+                return size
+            level = below
+        raise TemplateError(f"the chat template nests values more than {_MAX_DEPTH} deep")
+
+
+def check_int_bits(num_bits: int) -> None:
+    if num_bits > _MAX_INT_BITS:
+        raise TemplateError(f"the chat template made a number of more than {_MAX_INT_BITS} bits")
+
+
+def _parts(item: object) -> Iterable[object]:
+    if isinstance(item, Namespace):
+        item = item._Namespace__attrs
+    if isinstance(item, Mapping):
+        return [*item.keys(), *item.values()]
+    if isinstance(item, list | tuple | set | frozenset | MappingView):
+        return item
+    return ()

@@ -1,0 +1,98 @@
+"""Asks transformers for the logits of every case; needs the `oracle` extra.
+
+    python tests/oracle/make_answers.py            writes tests/golden/transformers.npz
+    python tests/oracle/make_answers.py --check    compares with it, and fails where they differ
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from oracle.cases import ANSWERS, CASES, F32, OracleCase, weights
+from tolerances import ORACLE_AGAIN
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+_GEMMA_LAYER_NAMES = _LAYER_NAMES | {
+    "post_attn_norm": "post_attention_layernorm.weight",
+    "ffn_norm": "pre_feedforward_layernorm.weight",
+    "post_ffn_norm": "post_feedforward_layernorm.weight",
+}
+_GLOBAL_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+
+
+def answer(case: OracleCase) -> F32:
+    """Logits [tokens, vocab_size]."""
+    model_class = getattr(transformers, case.hf_class)
+    c = case.config
+    config = model_class.config_class(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.ffn_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.context_tokens,
+        tie_word_embeddings=c.tied_head,
+        attn_implementation="eager",
+        **case.hf_config,
+    )
+    model = model_class(config).to(torch.float32).eval()
+    state = {_hf_name(case, name): torch.from_numpy(_hf_values(case, name, w)) for name, w in weights(c).items()}
+    left = model.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys, left.unexpected_keys
+    assert left.missing_keys == (["lm_head.weight"] if c.tied_head else []), left.missing_keys
+    model.tie_weights()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(case.token_ids.astype(np.int64))[None], use_cache=False).logits
+    values: F32 = logits[0].numpy()
+    return values
+
+
+def _hf_name(case: OracleCase, name: str) -> str:
+    if name in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[name]
+    _, layer, part = name.split(".")
+    names = _GEMMA_LAYER_NAMES if case.config.family == "gemma3" else _LAYER_NAMES
+    return f"model.layers.{layer}.{names[part]}"
+
+
+def _hf_values(case: OracleCase, name: str, values: F32) -> F32:
+    return values - np.float32(1) if case.adds_one and name.endswith("norm") else values
+
+
+def main() -> None:
+    answers = {case.name: answer(case) for case in CASES}
+    if "--check" not in sys.argv[1:]:
+        np.savez(ANSWERS, **answers)
+        print(f"transformers {transformers.__version__}, torch {torch.__version__}: wrote {len(answers)} answers")
+        return
+    with np.load(ANSWERS) as stored:
+        assert set(stored) == set(answers), f"{ANSWERS.name} has {set(stored)}, the cases are {set(answers)}"
+        worst = {name: float(np.abs(stored[name] - logits).max()) for name, logits in answers.items()}
+    print("largest difference:", ", ".join(f"{name} {value:.2g}" for name, value in worst.items()))
+    sys.exit(max(worst.values()) > ORACLE_AGAIN)
+
+
+if __name__ == "__main__":
+    main()
