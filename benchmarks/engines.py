@@ -84,7 +84,7 @@ class Isotherm:
 
 
 class LlamaCpp:
-    """What llama-bench does, through the low-level bindings: greedy of nothing, random tokens in, logits out."""
+    """What llama-bench does, through the low-level bindings: random tokens in, logits out, nothing sampled."""
 
     def __init__(self, task: Task) -> None:
         lib: Any = importlib.import_module("llama_cpp")

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import engines
 from engines import ENGINES, Task
+
 from isotherm.probe import physical_cores
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,3 +20,21 @@ FLOAT_WEIGHTS_SHARE = 2e-3
 # Activations of 8 bits into random weights of 256 columns: 1 / 127 of a block's largest, several times over. Measured
 # up to 0.034 on these models; a wrong scale or a lost group shows as 0.2 and more.
 QUANTISED_SHARE = 0.06
+
+# --- real models against llama.cpp ---
+
+# Log-probability of the likeliest first token. llama.cpp quantises activations in other blocks and rounds elsewhere;
+# shared/golden/README.md gives this bound.
+GOLDEN_TOP_LOGPROB = 0.15
+# Perplexity over 16 windows: the same source.
+GOLDEN_PERPLEXITY_SHARE = 0.01
+# Mean share of greedy ids before the first fork, eight prompts of 48 tokens. Where two tokens are almost tied either
+# engine may take either; an engine that is wrong forks within the first tokens of most prompts.
+CONTINUATION_AGREEMENT = 0.5
+
+# --- real models against float32 ---
+
+# Mean KL divergence, nats a token. Measured with one activation scale per 32 columns: 3.4e-3 on SmolLM2-135M.
+KL_FROM_FLOAT32 = 6e-3
+# Share of positions where both find the same token likeliest.
+TOP1_AGREEMENT = 0.9

@@ -12,6 +12,18 @@ struct Pair {
   U first, second;
 };
 
+// 16 bytes, one a row: the compiler's own vector, the same on every instruction set.
+using Bytes = uint8_t __attribute__((vector_size(16)));
+
+VEC Bytes load_bytes(const void* p) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, 16);
+  return bytes;
+}
+VEC F to_float(Bytes bytes) {  // each at most 127
+  return load_i8(&bytes);
+}
+
 enum class Bits { kFour, kFive, kSix, kEight };
 
 // Bytes of 32 columns of one tile: four nibble lines, then planes of the bits above them.
@@ -71,26 +83,14 @@ struct SuperAffine {
   static constexpr bool kHasMinimum = true, kWide = false;
   static constexpr int kHeader = 64 + 128 + 64;
   static constexpr int chunk_bytes(int) { return kHeader + 8 * code_bytes(kBits); }
-  static VEC void six_bits(const uint8_t* tile, int g, bool minima, int8_t* out) {
-    uint64_t low[2], high[2], six[2];
-    __builtin_memcpy(low, tile + 64 + 16 * g, 16);
-    __builtin_memcpy(high, tile + 192 + g / 2 * 16, 16);
-    constexpr uint64_t kLow = 0x0F0F0F0F0F0F0F0F, kHigh = 0x3030303030303030;
-    for (int i = 0; i < 2; i++) {
-      const uint64_t four = g % 2 ? high[i] >> 4 & kLow : high[i] & kLow;
-      six[i] = minima ? (low[i] >> 4 & kLow) | (four << 2 & kHigh) : (low[i] & kLow) | (four << 4 & kHigh);
-    }
-    __builtin_memcpy(out, six, 16);
-  }
+  static VEC Bytes low_plane(const uint8_t* tile, int g) { return load_bytes(tile + 64 + 16 * g); }
+  // The two top bits of scale and minimum: bits 0..1 and 2..3 of each byte.
+  static VEC Bytes high_plane(const uint8_t* tile, int g) { return load_bytes(tile + 192 + g / 2 * 16) >> g % 2 * 4; }
   static VEC F scale(const uint8_t* tile, int g) {
-    int8_t six[16];
-    six_bits(tile, g, false, six);
-    return load_f16(tile) * load_i8(six);
+    return load_f16(tile) * to_float((low_plane(tile, g) & 15) | (high_plane(tile, g) << 4 & 0x30));
   }
   static VEC F minimum(const uint8_t* tile, int g) {
-    int8_t six[16];
-    six_bits(tile, g, true, six);
-    return splat(0.0f) - load_f16(tile + 32) * load_i8(six);
+    return load_f16(tile + 32) * to_float((low_plane(tile, g) >> 4) | (high_plane(tile, g) << 2 & 0x30)) * splat(-1.0f);
   }
   template <int j>
   static VEC Pair pair(const uint8_t* tile, int g) {
@@ -105,9 +105,7 @@ struct SuperSymmetric {
   static constexpr int kHeader = 64 + 256;
   static constexpr int chunk_bytes(int) { return kHeader + 8 * code_bytes(Bits::kSix); }
   static VEC F scale(const uint8_t* tile, int g) {
-    float d[16];
-    __builtin_memcpy(d, tile, 64);
-    return load(d) * load_i8(tile + 64 + 16 * g);
+    return load(reinterpret_cast<const float*>(tile)) * load_i8(tile + 64 + 16 * g);
   }
   static VEC F minimum(const uint8_t*, int) { return splat(0.0f); }
   template <int j>
@@ -168,11 +166,7 @@ struct Unpacked {
 
 struct Float32 {
   static constexpr int kBytes = 4;
-  static VEC F read(const uint8_t* p) {
-    float v[16];
-    __builtin_memcpy(v, p, 64);
-    return load(v);
-  }
+  static VEC F read(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
 };
 struct Float16 {
   static constexpr int kBytes = 2;

@@ -56,7 +56,8 @@ void add(const float* a, const float* b, int n, float* out) {
 }
 
 void quantise(const float* x, const QuantRows& out, int row) {
-  const size_t first_column = static_cast<size_t>(row) * out.columns, first_block = first_column / kBlockColumns;
+  const int bundle = out.bundle_rows, lane = row % bundle;
+  const size_t first_column = static_cast<size_t>(row - lane) * out.columns;  // of the bundle, all its rows counted
   constexpr float kTiny = 0x1p-100f;  // a block whose largest magnitude is below is all zero
   for (int block = 0; block < out.columns / kBlockColumns; block++) {
     const F a = load(x + block * kBlockColumns), b = load(x + block * kBlockColumns + 16);
@@ -64,26 +65,30 @@ void quantise(const float* x, const QuantRows& out, int row) {
     const bool live = top >= kTiny;
     const F inverse = splat(live ? 127.0f / top : 0.0f);
     const I code_a = to_int(rint(a * inverse)), code_b = to_int(rint(b * inverse));
-    int8_t* codes = out.codes + first_column + block * kBlockColumns;
+    int8_t codes[kBlockColumns];
     store_i8(codes, code_a);
     store_i8(codes + 16, code_b);
+    for (int q = 0; q < kBlockColumns / 4; q++)
+      __builtin_memcpy(out.codes + first_column + ((block * 8 + q) * bundle + lane) * 4, codes + 4 * q, 4);
     const int32_t sum_a = sum(code_a), sum_b = sum(code_b);
-    const size_t at = first_block + block;
+    const size_t at = first_column / kBlockColumns + static_cast<size_t>(block * bundle + lane);
     out.scales[at] = live ? top / 127.0f : 0.0f;
     out.sums[at] = static_cast<float>(sum_a + sum_b);
     for (int i = 0; i < kNumStarts; i++) {
       if (!out.starts[i]) continue;
       const int zero_point = kStartShifts[i] < 0 ? 0 : 1 << kStartShifts[i];
       if (i == kHalfBlockStart) {
-        out.starts[i][2 * at] = kMagic - zero_point * sum_a;
-        out.starts[i][2 * at + 1] = kMagic - zero_point * sum_b;
+        const size_t half = first_column / 16 + static_cast<size_t>(2 * block * bundle + lane);
+        out.starts[i][half] = kMagic - zero_point * sum_a;
+        out.starts[i][half + static_cast<size_t>(bundle)] = kMagic - zero_point * sum_b;
       } else {
         out.starts[i][at] = kMagic - zero_point * (sum_a + sum_b);
       }
     }
   }
+  float* values = out.values + static_cast<size_t>(row) * out.columns;
   if (out.values)
-    for (int i = 0; i < out.columns; i += 16) store(out.values + first_column + i, load(x + i));
+    for (int i = 0; i < out.columns; i += 16) store(values + i, load(x + i));
 }
 
 void finish_linear(const float* totals, const float* bias, const float* residual, float* out) {

@@ -10,8 +10,9 @@ namespace {
 
 using namespace isotherm;
 
-// Where row t's numbers of one chunk stand.
-struct ChunkRow {
+// Where the numbers of one bundle of rows and one chunk stand: that of row t and quad, group or block i at
+// [i * bundle_rows + t].
+struct Rows {
   const int8_t* codes;
   const int32_t* starts;  // by group
   const float* sums;      // by block
@@ -19,104 +20,122 @@ struct ChunkRow {
 };
 
 template <class C>
-VEC ChunkRow chunk_row(const QuantRows& x, int row, int column) {
-  const size_t at = static_cast<size_t>(row) * x.columns + column;
+VEC Rows bundle_at(const QuantRows& x, int row, int column) {
+  const size_t at = static_cast<size_t>(row) * x.columns + static_cast<size_t>(column) * x.bundle_rows;
   return {x.codes + at, x.starts[C::kStart] + at / (4 * C::kGroupQuads), x.sums + at / kBlockColumns,
           x.scales + at / kBlockColumns};
 }
 
-template <class C, int kTokens, int kTiles, int j>
-VEC void dot_pair(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&acc)[kTokens][kTiles]) {
-  Pair codes[kTiles];
+// A kernel's shape: kTokens rows of a bundle of kBundle, times kTiles tiles.
+template <int kTokensOf, int kTilesOf, int kBundleOf>
+struct Shape {
+  static constexpr int kTokens = kTokensOf, kTiles = kTilesOf, kBundle = kBundleOf;
+  using Floats = F[kTokens][kTiles];
+  using Ints = I[kTokens][kTiles];
+};
+
+template <class C, class S, int j>
+VEC void dot_pair(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Ints& acc) {
+  Pair codes[S::kTiles];
 #pragma GCC unroll 2
-  for (int n = 0; n < kTiles; n++) codes[n] = C::template pair<j>(tiles[n], g);
-  const int at = 4 * (g * C::kGroupQuads + 2 * j);
+  for (int n = 0; n < S::kTiles; n++) codes[n] = C::template pair<j>(tiles[n], g);
+  const int8_t* quads = rows.codes + (g * C::kGroupQuads + 2 * j) * S::kBundle * 4;
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++) {
-    const I quad = load_quad(rows[t].codes + at);
+  for (int t = 0; t < S::kTokens; t++) {
+    const I quad = load_quad(quads + 4 * t);
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].first, quad);
+    for (int n = 0; n < S::kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].first, quad);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++) {
-    const I quad = load_quad(rows[t].codes + at + 4);
+  for (int t = 0; t < S::kTokens; t++) {
+    const I quad = load_quad(quads + 4 * (S::kBundle + t));
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].second, quad);
+    for (int n = 0; n < S::kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].second, quad);
   }
 }
 
 // Integer dots of one group, as kMagicFloat + dot.
-template <class C, int kTokens, int kTiles>
-VEC void dot_group(const uint8_t* const* tiles, int g, const ChunkRow* rows, I (&acc)[kTokens][kTiles]) {
+template <class C, class S>
+VEC void dot_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Ints& acc) {
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++) {
-    const I start = isplat(rows[t].starts[g]);
+  for (int t = 0; t < S::kTokens; t++) {
+    const I start = isplat(rows.starts[g * S::kBundle + t]);
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) acc[t][n] = start;
+    for (int n = 0; n < S::kTiles; n++) acc[t][n] = start;
   }
-  dot_pair<C, kTokens, kTiles, 0>(tiles, g, rows, acc);
-  dot_pair<C, kTokens, kTiles, 1>(tiles, g, rows, acc);
+  dot_pair<C, S, 0>(tiles, g, rows, acc);
+  dot_pair<C, S, 1>(tiles, g, rows, acc);
   if constexpr (C::kGroupQuads == 8) {
-    dot_pair<C, kTokens, kTiles, 2>(tiles, g, rows, acc);
-    dot_pair<C, kTokens, kTiles, 3>(tiles, g, rows, acc);
+    dot_pair<C, S, 2>(tiles, g, rows, acc);
+    dot_pair<C, S, 3>(tiles, g, rows, acc);
   }
 }
 
-// y += one block. float(dot) * scale is fma(magic + dot, scale, -magic * scale): scales have at most 18 significant
-// bits, so the last product is exact and the rounding is the same.
-template <class C, int kTokens, int kTiles>
-VEC void multiply_block(const uint8_t* const* tiles, int b, const ChunkRow* rows, F (&y)[kTokens][kTiles]) {
-  constexpr int kGroups = 8 / C::kGroupQuads;
-  F block[kTokens][kTiles];
+// block = float(dot) * scale of group g. That is fma(magic + dot, scale, -magic * scale): scales have at most 18
+// significant bits, so the last product is exact and the rounding is the same.
+template <class C, class S>
+VEC void first_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
+  typename S::Ints acc;
+  dot_group<C, S>(tiles, g, rows, acc);
 #pragma GCC unroll 2
-  for (int g = 0; g < kGroups; g++) {
-    I acc[kTokens][kTiles];
-    dot_group<C, kTokens, kTiles>(tiles, b * kGroups + g, rows, acc);
-#pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) {
-      const F scale = C::scale(tiles[n], b * kGroups + g), offset = scale * splat(-kMagicFloat);
+  for (int n = 0; n < S::kTiles; n++) {
+    const F scale = C::scale(tiles[n], g), offset = scale * splat(-kMagicFloat);
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; t++) {
-        if (g == 0) {
-          block[t][n] = fma(as_float(acc[t][n]), scale, offset);
-        } else {
-          block[t][n] = fma(as_float(acc[t][n]) - splat(kMagicFloat), scale, block[t][n]);
-        }
-      }
-    }
+    for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(as_float(acc[t][n]), scale, offset);
   }
+}
+
+// block += float(dot) * scale of group g.
+template <class C, class S>
+VEC void next_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
+  typename S::Ints acc;
+  dot_group<C, S>(tiles, g, rows, acc);
+#pragma GCC unroll 2
+  for (int n = 0; n < S::kTiles; n++) {
+    const F scale = C::scale(tiles[n], g);
+#pragma GCC unroll 8
+    for (int t = 0; t < S::kTokens; t++)
+      block[t][n] = fma(as_float(acc[t][n]) - splat(kMagicFloat), scale, block[t][n]);
+  }
+}
+
+// y += one block.
+template <class C, class S>
+VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, typename S::Floats& y) {
+  constexpr int kGroups = 8 / C::kGroupQuads;
+  typename S::Floats block;
+  first_group<C, S>(tiles, b * kGroups, rows, block);
+  if constexpr (kGroups == 2) next_group<C, S>(tiles, b * kGroups + 1, rows, block);
   if constexpr (C::kHasMinimum) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) {
+    for (int n = 0; n < S::kTiles; n++) {
       const F minimum = C::minimum(tiles[n], b);
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; t++) block[t][n] = fma(splat(rows[t].sums[b]), minimum, block[t][n]);
+      for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(splat(rows.sums[b * S::kBundle + t]), minimum, block[t][n]);
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++) {
-    const F scale = splat(rows[t].scales[b]);
+  for (int t = 0; t < S::kTokens; t++) {
+    const F scale = splat(rows.scales[b * S::kBundle + t]);
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) y[t][n] = fma(block[t][n], scale, y[t][n]);
+    for (int n = 0; n < S::kTiles; n++) y[t][n] = fma(block[t][n], scale, y[t][n]);
   }
 }
 
-// totals [tokens][32] += one chunk of kTiles tiles times kTokens rows.
-template <class C, int kTokens, int kTiles>
+// totals [tokens][32] += one chunk of tiles times the first rows of a bundle.
+template <class C, class S>
 void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x, int row, int column, float* totals) {
-  ChunkRow rows[kTokens];
+  const Rows rows = bundle_at<C>(x, row, column);
+  typename S::Floats y;
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++) rows[t] = chunk_row<C>(x, row + t, column);
-  F y[kTokens][kTiles];
-#pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++)
+  for (int t = 0; t < S::kTokens; t++)
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
-  for (int b = 0; b < columns / kBlockColumns; b++) multiply_block<C, kTokens, kTiles>(tiles, b, rows, y);
+    for (int n = 0; n < S::kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
+  for (int b = 0; b < columns / kBlockColumns; b++) multiply_block<C, S>(tiles, b, rows, y);
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++)
+  for (int t = 0; t < S::kTokens; t++)
 #pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
+    for (int n = 0; n < S::kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
 }
 
 template <class C, int kTokens, int kTiles>
@@ -152,11 +171,12 @@ struct TypeKernels {
   ChunkFn many[2][kManyTokens];
 };
 
-template <class C, int kTiles, int kTokens>
+// kBundle 0: a bundle has as many rows as the kernel takes.
+template <class C, int kTiles, int kBundle, int kTokens>
 constexpr void fill_quant(ChunkFn* out) {
   if constexpr (kTokens > 0) {
-    fill_quant<C, kTiles, kTokens - 1>(out);
-    out[kTokens - 1] = &multiply_chunk<C, kTokens, kTiles>;
+    fill_quant<C, kTiles, kBundle, kTokens - 1>(out);
+    out[kTokens - 1] = &multiply_chunk<C, Shape<kTokens, kTiles, kBundle ? kBundle : kTokens>>;
   }
 }
 
@@ -171,10 +191,10 @@ constexpr void fill_float(ChunkFn* out) {
 template <class C>
 constexpr TypeKernels quant_kernels() {
   TypeKernels k{&C::chunk_bytes, Unpacked<C>::kBytes, &Unpacked<C>::unpack, {}, {}};
-  fill_quant<C, 1, kFewTokens>(k.few[0]);
-  fill_quant<C, 2, kFewTokens>(k.few[1]);
-  fill_quant<Unpacked<C>, 1, kManyTokens>(k.many[0]);
-  fill_quant<Unpacked<C>, 2, kManyTokens>(k.many[1]);
+  fill_quant<C, 1, 0, kFewTokens>(k.few[0]);
+  fill_quant<C, 2, 0, kFewTokens>(k.few[1]);
+  fill_quant<Unpacked<C>, 1, kManyTokens, kManyTokens>(k.many[0]);
+  fill_quant<Unpacked<C>, 2, kManyTokens, kManyTokens>(k.many[1]);
   return k;
 }
 
@@ -216,11 +236,9 @@ void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, 
         k.unpack(tiles[n], columns, unpacked[n]);
         tiles[n] = unpacked[n];
       }
-    // Token tiles of nearly equal size: a last tile of one or two would waste the broadcast.
-    for (int row = 0, left = (args.num_rows + max_tokens - 1) / max_tokens; left > 0; left--) {
-      const int tokens = (args.num_rows - row + left - 1) / left;
+    for (int row = 0; row < args.num_rows; row += max_tokens) {
+      const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
       functions[tokens - 1](tiles, columns, x, row, column, totals + static_cast<size_t>(row) * kPanelRows);
-      row += tokens;
     }
   }
 }

@@ -23,13 +23,15 @@ constexpr int kNumStarts = 5;
 constexpr int kStartShifts[kNumStarts] = {-1, 3, 4, 5, 7};
 constexpr int kHalfBlockStart = 3;  // this one is kept per 16 columns: the weights' groups are half a block
 
-// Rows of one quantised activation. Columns are padded with zeros to a multiple of 64.
+// Rows of one quantised activation, in bundles of rows that a kernel multiplies at once: what it reads together stands
+// together. Columns are padded with zeros to a multiple of 64.
 struct QuantRows {
   int columns;
-  int8_t* codes;                // [rows][columns]
-  float* scales;                // [rows][columns / 32]
-  float* sums;                  // [rows][columns / 32] sums of the codes of a block: minima are multiplied by them
-  int32_t* starts[kNumStarts];  // [rows][columns / 32, or / 16]; null where no weight of the step has that zero point
+  int bundle_rows;
+  int8_t* codes;                // [bundles][columns / 4][bundle_rows][4]
+  float* scales;                // [bundles][columns / 32][bundle_rows]
+  float* sums;                  // alike: sums of the codes of a block, by which minima are multiplied
+  int32_t* starts[kNumStarts];  // alike, or columns / 16; null where no weight of the step has that zero point
   float* values;                // [rows][columns] before quantising; null unless a weight stored as floats reads it
 };
 
@@ -77,6 +79,7 @@ inline size_t attend_scratch_floats(int rows, int head_dim) {
 
 struct KernelTable {
   const char* name;
+  int few_rows, many_rows;  // up to few_rows rows are one bundle; more are bundles of many_rows
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*add_norm)(const float* a, const float* b, const float* weight, int n, float eps, float* out);
   void (*add)(const float* a, const float* b, int n, float* out);
@@ -95,6 +98,10 @@ struct KernelTable {
   void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
   void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);
 };
+
+inline int bundle_rows(const KernelTable& kernels, int num_rows) {
+  return num_rows <= kernels.few_rows ? num_rows : kernels.many_rows;
+}
 
 extern const KernelTable kScalarTable;
 #if defined(__x86_64__) || defined(_M_X64)

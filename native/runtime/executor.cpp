@@ -98,7 +98,7 @@ void Executor::measure() {
     const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it
     buffers_.push_back({is_logits ? nullptr : allocate<float>(stride * rows), stride, program_.widths[i]});
   }
-  shared_ = make_rows(static_cast<int>(rows), columns, needs);
+  shared_ = make_rows(static_cast<int>(rows) + kernels_.many_rows - 1, columns, needs);  // the last bundle may be short
   for (Worker& worker : workers_) {
     worker.rows = make_rows(kRedundantRows, columns, needs);
     worker.normed = allocate<float>(static_cast<size_t>(columns));

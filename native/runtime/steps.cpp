@@ -42,6 +42,7 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   Worker& worker = workers_[thread];
   rows = redundant ? worker.rows : shared_;
   rows.columns = (columns + 63) / 64 * 64;
+  rows.bundle_rows = bundle_rows(kernels_, num_rows);
   for (int i = 0; i < kNumStarts; i++)
     if (!needs.starts[i]) rows.starts[i] = nullptr;
   if (!needs.values) rows.values = nullptr;

@@ -7,9 +7,10 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -32,10 +33,9 @@ _UsageError = typer.BadParameter.__mro__[1]
 
 def exit_code_of(run: Callable[[], object]) -> int:
     """Runs a command to its end and says how it ended. What is nobody's fault but ours leaves as it is."""
-    with suppress(ValueError):  # not the main thread: whoever called has the signals
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = run()
+        with _sigterm_unwinds():
+            code = run()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except IsothermError as error:
@@ -68,7 +68,7 @@ def _usage_text(error: Exception) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "isotherm"
-    return f"{message}; see `{command} --help`"
+    return f"{message}{'' if message.endswith('?') else ';'} see `{command} --help`"
 
 
 def _is_broken_pipe(error: BaseException | None) -> bool:
@@ -86,6 +86,18 @@ def _let_go_of_closed_streams() -> None:
             os.close(nowhere)
 
 
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM leaves like Ctrl-C, so that locks and temporary files go. Off the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so that locks and temporary files go."""
     raise SystemExit(TERMINATED)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 import typer
 
-from isotherm.cli.settings import SETTINGS, Setting, Settings, effective
+from isotherm.cli.settings import SETTINGS, Setting, Settings, effective, value_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
         option = typer.Option(*declared, help=setting.rule.help, show_default=False)
         annotation: object = Annotated[bool | None, option]
     else:
-        default = "" if setting.default is None else f" [{setting.default}]"
+        default = "" if setting.default is None else f" [{value_text(setting.default)}]"
         option = typer.Option(
             setting.flag,
             *declared,

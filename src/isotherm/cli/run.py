@@ -22,7 +22,7 @@ def run(
     settings: Settings,
     model: ModelArgument,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="What is piped in joins it.", show_default=False)
+        str | None, typer.Argument(metavar="PROMPT", help="What is piped in joins it.", show_default=False)
     ] = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message before the prompt.", show_default=False)

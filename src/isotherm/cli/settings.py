@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isotherm.errors import OptionError
-from isotherm.formats.folders import config_file
 from isotherm.types import SamplingParams
 
 Value = bool | int | float | str | None
@@ -18,6 +17,8 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _NONE = "none"
 _GIB = 1 << 30
+_PREFIX = "ISOTHERM_"
+_OTHER_VARIABLES = ("cache", "debug", "isa")  # read where they are needed; see docs/cli.md
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Setting:
 
     @property
     def env_name(self) -> str:
-        return f"ISOTHERM_{self.name.upper()}"
+        return _PREFIX + self.name.upper()
 
     def parse(self, text: str, source: str) -> Value:
         """The value that `text` spells; `none` where the default is none. Raises OptionError that names `source`."""
@@ -168,7 +169,9 @@ class Setting:
 
 def value_text(value: Value) -> str:
     """As `Setting.parse` reads it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0")
 
 
 SETTINGS: dict[str, Setting] = {column.name: Setting(column.name, **column.metadata) for column in fields(Settings)}
@@ -191,6 +194,8 @@ def choose(flags: Mapping[str, str | bool | None]) -> list[Chosen]:
 
     Raises OptionError for a value that is wrong, wherever it stands, and for a config file that is.
     """
+    from isotherm.formats.folders import config_file
+
     path = config_file()
     from_file = _read_config(path)
     return [_choose(setting, flags.get(setting.name), from_file, path) for setting in SETTINGS.values()]
@@ -203,13 +208,13 @@ def effective(flags: Mapping[str, str | bool | None]) -> Settings:
 
 def unknown_variables() -> list[str]:
     """A line for each ISOTHERM_ variable that looks like a misspelt setting."""
-    known = [setting.env_name for setting in SETTINGS.values()]
-    near = {
-        name: difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        for name in sorted(os.environ)
-        if name.startswith("ISOTHERM_") and name not in known
-    }
-    return [f"{name} is no setting; did you mean {found[0]}?" for name, found in near.items() if found]
+    lines = []
+    for variable in sorted(os.environ):
+        name = variable.removeprefix(_PREFIX).lower()
+        if variable.startswith(_PREFIX) and name not in SETTINGS and name not in _OTHER_VARIABLES:
+            near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.75)
+            lines += [f"{variable} is no setting; did you mean {SETTINGS[found].env_name}?" for found in near]
+    return lines
 
 
 def _choose(setting: Setting, flag: str | bool | None, from_file: Mapping[str, object], path: Path) -> Chosen:

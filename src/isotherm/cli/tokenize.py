@@ -13,7 +13,7 @@ from isotherm.errors import OptionError
 def tokenize(
     model: ModelArgument,
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="By default what is piped in.", show_default=False)
+        str | None, typer.Argument(metavar="TEXT", help="By default what is piped in.", show_default=False)
     ] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Add BOS and EOS where the model asks for them.", show_default=False)
@@ -31,15 +31,13 @@ def tokenize(
     with open_checkpoint(path_on_disk(model)) as checkpoint:
         tokenizer = build_tokenizer(checkpoint.tokenizer)
     ids = tokenizer.encode(source, add_special=special, parse_special=True)
-    pieces = [tokenizer.token_bytes(token) for token in ids]
+    tokens = [(token, tokenizer.token_bytes(token)) for token in ids]
     if count:
         print_json({"num_tokens": len(ids)}) if as_json else print(len(ids))
     elif as_json:
-        print_json(
-            [{"id": token, "piece": piece.decode(errors="replace")} for token, piece in zip(ids, pieces, strict=True)]
-        )
+        print_json([{"id": token, "piece": piece.decode(errors="replace")} for token, piece in tokens])
     else:
-        print_table(("ID", "PIECE"), [(str(token), _quoted(piece)) for token, piece in zip(ids, pieces, strict=True)])
+        print_table(("ID", "PIECE"), [(str(token), _quoted(piece)) for token, piece in tokens])
 
 
 def _quoted(piece: bytes) -> str:

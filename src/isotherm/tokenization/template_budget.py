@@ -23,8 +23,13 @@ _BYTES_PER_BYTE = 32
 _VALUE_STEPS = 4
 _VALUE_BYTES = 64
 _BYTES_PER_STEP = 16
-_MAX_DEPTH = 100
 _MAX_INT_BITS = 1024
+
+# Values nest no deeper, so that nothing recurses into the end of the C stack.
+MAX_DEPTH = 100
+
+# str() of a value that is no text, over the bytes `read` counts: escapes, quotes, commas.
+_PRINTED_BYTES_PER_BYTE = 10
 
 
 class TemplateBudget:
@@ -67,6 +72,11 @@ class TemplateBudget:
         self._bytes -= size
         return value
 
+    def print(self, value: object) -> None:
+        """Pays for `str(value)` before it is made."""
+        size = self.read(value)
+        self.keep_bytes(size if isinstance(value, str) else _PRINTED_BYTES_PER_BYTE * size)
+
     def keep_bytes(self, num_bytes: int) -> None:
         self.reserve(num_bytes)
         self._bytes -= num_bytes
@@ -79,7 +89,7 @@ class TemplateBudget:
     def _tree_bytes(self, value: object) -> int:
         size = 0
         level: list[object] = [value]
-        for _ in range(_MAX_DEPTH):
+        for _ in range(MAX_DEPTH):
             below: list[object] = []
             for item in level:
                 self.step(_VALUE_STEPS)
@@ -93,7 +103,7 @@ class TemplateBudget:
             if not below:
                 return size
             level = below
-        raise TemplateError(f"the chat template nests values more than {_MAX_DEPTH} deep")
+        raise TemplateError(f"the chat template met values that nest more than {MAX_DEPTH} deep")
 
 
 def check_int_bits(num_bits: int) -> None:

@@ -1,37 +1,40 @@
-"""Jinja for templates nobody vouches for: each loop, call, operator and output pays from a TemplateBudget.
+"""Jinja for templates nobody vouches for: every loop, call, operator and output pays from a TemplateBudget.
 
 The syntax tree is rewritten before it is compiled: loop and macro bodies begin with a payment for their nodes, and
-what Jinja compiles to bare Python (displays, comparisons, concatenation, slices, output) passes through a paying filter.
-Operators, calls, filters and tests are caught where the sandbox of Jinja lets us. What is not on the lists below does not
-run. No thread, signal or trace is used, so it works in any thread and beside any debugger.
+what Jinja compiles to bare Python (displays, comparisons, concatenation, slices, output) passes through paying filters.
+Operators, calls, filters and tests pay where Jinja's own sandbox lets us step in. What is not on the lists below is
+refused. No thread, signal, clock or trace function is used: it works in any thread and beside any debugger.
 """
 
 import json
-import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateRuntimeError, nodes, pass_context
+from jinja2 import TemplateError as JinjaError
+from jinja2 import nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Cycler, Joiner
 from jinja2.visitor import NodeTransformer
 
 from isotherm.errors import TemplateError
-from isotherm.tokenization.template_budget import TemplateBudget, check_int_bits
+from isotherm.tokenization.template_budget import TemplateBudget
+from isotherm.tokenization.template_limits import FILTER_CHECKS, check_operator, check_text_method
 
-# Not an identifier: templates cannot name it, nor the filters below.
+# None of these is an identifier, so that no template can name them.
 BUDGET_KEY = "<budget>"
 _TICK, _READ, _KEEP, _CONCAT, _OUTPUT = "<tick>", "<read>", "<keep>", "<concat>", "<output>"
 
 _CALL_STEPS = 40
-_MAX_INDENT = 16
-_MAX_ROUND_DIGITS = 20
 
-_ALLOWED_NODES: tuple[type[nodes.Node], ...] = (
+# Compiled templates add these to each call; Jinja takes them out again.
+_JINJA_KEYWORDS = ("_loop_vars", "_block_vars")
+
+_ALLOWED_NODES = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock),
     *(nodes.FilterBlock, nodes.With, nodes.Scope, nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Continue),
     *(nodes.Name, nodes.NSRef, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword),
@@ -39,40 +42,37 @@ _ALLOWED_NODES: tuple[type[nodes.Node], ...] = (
     *(nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr),
 )
 _FILTERS = (
-    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int", "items"),
-    *("join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"),
-    *("round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "unique", "upper"),
+    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int"),
+    *("items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace"),
+    *("reverse", "round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim"),
+    *("unique", "upper"),
 )
-_METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
-        "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-        "rsplit rstrip split splitlines startswith strip swapcase title upper".split()
+_METHODS: tuple[tuple[type, frozenset[str]], ...] = (
+    (
+        str,
+        frozenset(
+            "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower "
+            "isnumeric isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rsplit "
+            "rstrip split splitlines startswith strip swapcase title upper".split()
+        ),
     ),
-    dict: frozenset(("copy", "get", "items", "keys", "values")),
-    list: frozenset(("copy", "count", "index")),
-    tuple: frozenset(("count", "index")),
-    LoopContext: frozenset(("changed", "cycle")),
-    Cycler: frozenset(("next", "reset")),
-}
-_SEARCHES = frozenset(
-    "count find index lstrip partition replace rfind rindex rpartition rsplit rstrip split strip".split(),
+    (dict, frozenset(("copy", "get", "items", "keys", "values"))),
+    (list, frozenset(("copy", "count", "index"))),
+    (tuple, frozenset(("count", "index"))),
+    (LoopContext, frozenset(("changed", "cycle"))),
+    (Cycler, frozenset(("next", "reset"))),
 )
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
-    """The environment `transformers` renders chat templates in, with a budget.
-
-    Contexts carry their TemplateBudget under BUDGET_KEY.
-    """
+    """The environment in which `transformers` renders chat templates, on a budget: contexts hold it as BUDGET_KEY."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
         plain = ImmutableSandboxedEnvironment()
         plain.filters["tojson"] = _tojson
-        plain.filters["join"] = _join
         self.filters = {name: _metered(plain.call_filter, name) for name in _FILTERS}
         self.filters |= {_TICK: _tick, _READ: _read, _KEEP: _keep, _CONCAT: _concat, _OUTPUT: _output}
         self.tests = {name: _metered(plain.call_test, name) for name in plain.tests}
@@ -80,28 +80,191 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def metered_tree(self, source: str) -> nodes.Template:
-        """The syntax tree of `source`, to be compiled; refuses what is not on the list."""
+        """The syntax tree of `source`, ready to be compiled; raises TemplateError for what is not on the list."""
         tree = self.parse(source)
         for node in tree.find_all(nodes.Node):
             if not isinstance(node, _ALLOWED_NODES):
-                raise TemplateError(f"the chat template uses {type(node).__name__} in line {node.lineno}, which is refused")
-        metered = _Metering().visit(tree)
-        metered.set_environment(self)
-        assert isinstance(metered, nodes.Template)
-        return metered
+                raise TemplateError(f"the chat template uses {type(node).__name__} in line {node.lineno}: refused")
+        _Metering().visit(tree)
+        return tree.set_environment(self)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-        budget = _budget_of(__context)
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget_of(context)
         budget.step(_CALL_STEPS)
-        for value in (*args, *kwargs.values()):
+        given = {name: value for name, value in kwargs.items() if name not in _JINJA_KEYWORDS}
+        for value in (*args, *given.values()):
             budget.read(value)
-        method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
-        owner = getattr(method, "__self__", None)
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if not self._may_call(obj, owner, name):
+            raise SecurityError(f"a template may not call {name or type(obj).__name__}")
         if isinstance(owner, str):
-            if owner_method(owner, method.__name__) == "join":
-                return budget.keep(owner.join(_checked_texts(budget, owner, *args)))
-            _check_text_method(budget, method.__name__, owner, args, kwargs)
-        elif not _may_call(__self, __obj, owner):
-            raise TemplateRuntimeError(f"a template may not call {__obj!r:.100}")
-        result = super(MeteredEnvironment, __self).call(__context, __obj, *args, **kwargs)
-        return budget.keep(result)
+            if name == "join" and args:
+                args = (list(budget.each(args[0])), *args[1:])
+            check_text_method(budget, owner, name, args, given)
+        return budget.keep(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        budget = _budget_of(context)
+        budget.step(_CALL_STEPS)
+        check_operator(budget, operator, left, right)
+        return budget.keep(super().call_binop(context, operator, left, right))
+
+    def _may_call(self, obj: object, owner: object, name: str) -> bool:
+        for kind, names in _METHODS:
+            if isinstance(owner, kind):
+                return name in names
+        return isinstance(obj, Macro | LoopContext | Joiner | Undefined) or any(
+            obj is known for known in self.globals.values()
+        )
+
+
+class _GenerationTag(Extension):
+    """{% generation %}: marks what the model wrote, for training; here it is a scope like any other."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
+
+
+class _Metering(NodeTransformer):
+    """Puts payments into a syntax tree."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
+        price = _price(node.body, node)
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(price, lineno=node.lineno))
+        if node.test is not None:
+            node.test = nodes.And(price, node.test, lineno=node.lineno)
+        return node
+
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        price = _price(node.body, node)
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(price, lineno=node.lineno))
+        return node
+
+    visit_CallBlock = visit_Macro  # noqa: N815
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:  # noqa: N802
+        self.generic_visit(node)
+        node.nodes = [part if isinstance(part, nodes.TemplateData) else _pay(_OUTPUT, part) for part in node.nodes]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _pay(_CONCAT, *node.nodes)
+
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _pay(_KEEP, node)
+
+    visit_Dict = visit_List  # noqa: N815
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _pay(_KEEP, node) if node.ctx == "load" else node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _pay(_KEEP, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _pay(_READ, node.expr)
+        for operand in node.ops:
+            operand.expr = _pay(_READ, operand.expr)
+        return node
+
+
+def _pay(name: str, first: nodes.Expr, *others: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(first, name, list(others), [], None, None, lineno=first.lineno)
+
+
+def _price(body: list[nodes.Node], owner: nodes.Node) -> nodes.Filter:
+    """Of one run of `body`: steps for its nodes, bytes for its plain text."""
+    inside = [node for child in body for node in (child, *child.find_all(nodes.Node))]
+    num_chars = sum(len(node.data) for node in inside if isinstance(node, nodes.TemplateData))
+    steps, size = (nodes.Const(number, lineno=owner.lineno) for number in (1 + len(inside), num_chars))
+    return _pay(_TICK, steps, size)
+
+
+def _budget_of(context: Context) -> TemplateBudget:
+    budget = context.parent[BUDGET_KEY]
+    assert isinstance(budget, TemplateBudget)
+    return budget
+
+
+def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The filter or test of that name, behind its payments. `call`: call_filter or call_test of an environment."""
+    check = FILTER_CHECKS.get(name)
+
+    @pass_context
+    def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget_of(context)
+        budget.step(_CALL_STEPS)
+        if name == "join":
+            value = list(budget.each(value))
+        for given in (value, *args, *kwargs.values()):
+            budget.read(given)
+        if check is not None:
+            check(budget, value, *args, **kwargs)
+        result = call(name, value, args, kwargs, context=context)
+        return budget.each(result) if isinstance(result, Iterator) else budget.keep(result)
+
+    return run
+
+
+@pass_context
+def _tick(context: Context, num_steps: int, num_bytes: int) -> bool:
+    budget = _budget_of(context)
+    budget.step(num_steps)
+    budget.keep_bytes(num_bytes)
+    return True
+
+
+@pass_context
+def _read(context: Context, value: Any) -> Any:
+    _budget_of(context).read(value)
+    return value
+
+
+@pass_context
+def _keep(context: Context, value: Any) -> Any:
+    return _budget_of(context).keep(value)
+
+
+@pass_context
+def _output(context: Context, value: Any) -> Any:
+    _budget_of(context).print(value)
+    return value
+
+
+@pass_context
+def _concat(context: Context, *values: Any) -> str:
+    for value in values:
+        _budget_of(context).print(value)
+    return "".join(map(str, values))
+
+
+def _raise_exception(message: object) -> None:
+    raise JinjaError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    if re.search(r"%\W*\d", form):  # a width, which may be any size
+        raise TemplateError("the chat template asks for a date of a given width, which is refused")
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As `transformers` has it: no escapes for HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
