@@ -24,16 +24,19 @@ VEC Span seen(const AttendArgs& a, int token, int block) {
   return {oldest > start ? oldest : start, position + 1 < end ? position + 1 : end};
 }
 
+VEC F load_kv(const uint16_t* p) { return load_f16(p); }
+VEC F load_kv(const float* p) { return load(p); }
+
 // scores [kRows][512] of one page's positions, from position `at` of the block.
-template <int kRows>
-void score_page(const uint16_t* keys, const float* const* q, int head_dim, float scale, float* scores, int at) {
+template <int kRows, class T>
+void score_page(const T* keys, const float* const* q, int head_dim, float scale, float* scores, int at) {
   F acc[kRows][4];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < 4; n++) acc[r][n] = splat(0.0f);
   for (int d = 0; d < head_dim; d++) {
     F k[4];
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) k[n] = load_f16(keys + d * kPageTokens + 16 * n);
+    for (int n = 0; n < 4; n++) k[n] = load_kv(keys + d * kPageTokens + 16 * n);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const F x = splat(q[r][d]);
@@ -45,16 +48,16 @@ void score_page(const uint16_t* keys, const float* const* q, int head_dim, float
     for (int n = 0; n < 4; n++) store(scores + r * kAttentionBlock + at + 16 * n, acc[r][n] * splat(scale));
 }
 
-// out [kRows][head_dim], 64 columns from `column`, += p times the values of positions [first, last) of one page.
-template <int kRows, int kVectors>
-void weigh_page(const uint16_t* values, int head_dim, const float* p, int first, int last, float* const* out) {
+// out [kRows], 16 * kVectors columns of it, += p times the values of positions [first, last) of one page.
+template <int kRows, int kVectors, class T>
+void weigh_page(const T* values, int head_dim, const float* p, int first, int last, float* const* out) {
   F acc[kRows][kVectors];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < kVectors; n++) acc[r][n] = load(out[r] + 16 * n);
   for (int t = first; t < last; t++) {
     F v[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; n++) v[n] = load_f16(values + t * head_dim + 16 * n);
+    for (int n = 0; n < kVectors; n++) v[n] = load_kv(values + t * head_dim + 16 * n);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const F x = splat(p[r * kAttentionBlock + t]);
@@ -83,77 +86,98 @@ VEC void softmax_row(float* scores, Span span, float* best, float* total) {
   *total = sum(lanes);
 }
 
-using ScoreFn = void (*)(const uint16_t*, const float* const*, int, float, float*, int);
-using WeighFn = void (*)(const uint16_t*, int, const float*, int, int, float* const*);
-
-template <int kRows>
-constexpr void fill_rows(ScoreFn* score, WeighFn (*weigh)[2]) {
-  if constexpr (kRows > 0) {
-    fill_rows<kRows - 1>(score, weigh);
-    score[kRows - 1] = &score_page<kRows>;
-    weigh[kRows - 1][0] = &weigh_page<kRows, 1>;
-    weigh[kRows - 1][1] = &weigh_page<kRows, 4>;
-  }
-}
-
+// By number of rows, and 16 or 64 columns at a time.
+template <class T>
 struct RowKernels {
-  ScoreFn score[kAttendRows];
-  WeighFn weigh[kAttendRows][2];  // 16 or 64 columns at a time
+  void (*score[kAttendRows])(const T*, const float* const*, int, float, float*, int);
+  void (*weigh[kAttendRows][2])(const T*, int, const float*, int, int, float* const*);
 };
-constexpr RowKernels kRowKernels = [] {
-  RowKernels k{};
-  fill_rows<kAttendRows>(k.score, k.weigh);
-  return k;
-}();
 
-const uint16_t* page_of(const AttendArgs& a, int position) {
-  return a.kv + static_cast<size_t>(a.pages[position / kPageTokens]) * a.page_stride;
+template <class T, int kRows>
+constexpr void fill_rows(RowKernels<T>& k) {
+  if constexpr (kRows > 0) {
+    fill_rows<T, kRows - 1>(k);
+    k.score[kRows - 1] = &score_page<kRows, T>;
+    k.weigh[kRows - 1][0] = &weigh_page<kRows, 1, T>;
+    k.weigh[kRows - 1][1] = &weigh_page<kRows, 4, T>;
+  }
 }
 
-// The rows [row, row + count) of the tile over one block: a partial [best, total, -, -, out] a row.
-void attend_rows(const AttendArgs& a, int block, int row, int count, float* partials, float* scores) {
-  const float* q[kAttendRows];
-  float* out[kAttendRows];
-  Span spans[kAttendRows], all{(block + 1) * kAttentionBlock, 0};
-  const int start = block * kAttentionBlock;
-  for (int r = 0; r < count; r++) {
-    const int token = (row + r) / a.group, head = (row + r) % a.group;
-    q[r] = a.q + token * a.token_stride + head * a.head_dim;
-    spans[r] = seen(a, token, block);
-    if (spans[r].empty()) continue;
-    all = {spans[r].first < all.first ? spans[r].first : all.first, spans[r].last > all.last ? spans[r].last : all.last};
+template <class T>
+constexpr RowKernels<T> row_kernels() {
+  RowKernels<T> k{};
+  fill_rows<T, kAttendRows>(k);
+  return k;
+}
+
+template <class T>
+constexpr RowKernels<T> kRowKernels = row_kernels<T>();
+
+// Keys or values of one page as the kernels want them: as they lie, or widened to float32 for tiles of many rows.
+VEC const uint16_t* widened(const uint16_t* half, int, float*, const uint16_t*) { return half; }
+VEC const float* widened(const uint16_t* half, int count, float* single, const float*) {
+  for (int i = 0; i < count; i += 16) store(single + i, load_f16(half + i));
+  return single;
+}
+
+// The rows of a tile over one block; see attend_block.
+template <class T>
+void attend_pages(const AttendArgs& a, int block, float* partials) {
+  const int rows = a.num_tokens * a.group, start = block * kAttentionBlock, page_elements = kPageTokens * a.head_dim;
+  const size_t stride = partial_floats(a.head_dim);
+  float *scores = a.scratch, *single = scores + static_cast<size_t>(rows) * kAttentionBlock;
+  Span all{start + kAttentionBlock, start};
+  for (int t = 0; t < a.num_tokens; t++) {
+    const Span span = seen(a, t, block);
+    if (span.empty()) continue;
+    all = {span.first < all.first ? span.first : all.first, span.last > all.last ? span.last : all.last};
   }
-  for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens)
-    kRowKernels.score[count - 1](page_of(a, page), q, a.head_dim, a.scale, scores, page - start);
-  for (int r = 0; r < count; r++) {
-    float* partial = partials + (row + r) * partial_floats(a.head_dim);
-    float* p = scores + r * kAttentionBlock;
+  const auto page_at = [&](int position) {
+    return a.kv + static_cast<size_t>(a.pages[position / kPageTokens]) * a.page_stride;
+  };
+  for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
+    const T* keys = widened(page_at(page), page_elements, single, static_cast<const T*>(nullptr));
+    for (int row = 0; row < rows; row += kAttendRows) {
+      const int count = rows - row < kAttendRows ? rows - row : kAttendRows;
+      const float* q[kAttendRows];
+      for (int r = 0; r < count; r++)
+        q[r] = a.q + (row + r) / a.group * a.token_stride + (row + r) % a.group * a.head_dim;
+      kRowKernels<T>.score[count - 1](keys, q, a.head_dim, a.scale, scores + row * kAttentionBlock, page - start);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    const Span span = seen(a, r / a.group, block);
+    float *partial = partials + r * stride, *p = scores + r * kAttentionBlock - start;
     partial[0] = kNone;
-    if (!spans[r].empty()) softmax_row(p, {spans[r].first - start, spans[r].last - start}, partial, partial + 1);
+    for (int d = 0; d < a.head_dim; d += 16) store(partial + 4 + d, splat(0.0f));
+    if (!span.empty()) softmax_row(p + start, {span.first - start, span.last - start}, partial, partial + 1);
     // Zeros where another row of the tile sees and this one does not.
-    const int from = spans[r].empty() ? all.last : spans[r].first, to = spans[r].empty() ? all.last : spans[r].last;
-    for (int i = all.first; i < from; i++) p[i - start] = 0.0f;
-    for (int i = to; i < all.last; i++) p[i - start] = 0.0f;
-    for (int d = 0; d < a.head_dim; d++) partial[4 + d] = 0.0f;
+    for (int i = all.first; i < (span.empty() ? all.last : span.first); i++) p[i] = 0.0f;
+    for (int i = span.empty() ? all.last : span.last; i < all.last; i++) p[i] = 0.0f;
   }
   for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
-    const uint16_t* values = page_of(a, page) + a.head_dim * kPageTokens;
+    const T* values = widened(page_at(page) + page_elements, page_elements, single, static_cast<const T*>(nullptr));
     const int first = all.first > page ? all.first - page : 0;
     const int last = all.last - page < kPageTokens ? all.last - page : kPageTokens;
-    for (int d = 0; d < a.head_dim;) {
-      const bool wide = a.head_dim - d >= 64;
-      for (int r = 0; r < count; r++) out[r] = partials + (row + r) * partial_floats(a.head_dim) + 4 + d;
-      kRowKernels.weigh[count - 1][wide](values + d, a.head_dim, scores + page - start, first, last, out);
-      d += wide ? 64 : 16;
+    for (int row = 0; row < rows; row += kAttendRows) {
+      const int count = rows - row < kAttendRows ? rows - row : kAttendRows;
+      const float* p = scores + row * kAttentionBlock + page - start;
+      for (int d = 0; d < a.head_dim; d += a.head_dim - d >= 64 ? 64 : 16) {
+        float* out[kAttendRows];
+        for (int r = 0; r < count; r++) out[r] = partials + (row + r) * stride + 4 + d;
+        kRowKernels<T>.weigh[count - 1][a.head_dim - d >= 64](values + d, a.head_dim, p, first, last, out);
+      }
     }
   }
 }
 
+// A partial [best, total, -, -, out] for every row of the tile over one block.
 void attend_block(const AttendArgs& a, int block, float* partials) {
-  float* scores = a.scratch;
-  const int rows = a.num_tokens * a.group;
-  for (int row = 0; row < rows; row += kAttendRows)
-    attend_rows(a, block, row, rows - row < kAttendRows ? rows - row : kAttendRows, partials, scores);
+  if (a.num_tokens * a.group > kAttendRows) {
+    attend_pages<float>(a, block, partials);
+  } else {
+    attend_pages<uint16_t>(a, block, partials);
+  }
 }
 
 struct Running {
@@ -182,7 +206,7 @@ void merge_blocks(const float* partials, size_t block_stride, int num_blocks, in
 void attend(const AttendArgs& a) {
   const int rows = a.num_tokens * a.group;
   const size_t stride = partial_floats(a.head_dim);
-  float* partials = a.scratch + kAttendRows * kAttentionBlock;
+  float* partials = a.scratch + static_cast<size_t>(rows) * kAttentionBlock + kPageTokens * a.head_dim;
   float* running = partials + rows * stride;  // best and total of each row
   for (int r = 0; r < rows; r++) {
     running[2 * r] = kNone;

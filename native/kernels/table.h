@@ -67,14 +67,13 @@ struct AttendArgs {
   float* scratch;          // attend_scratch_floats(rows, head_dim)
 };
 
-constexpr int kMaxAttendRows = 8;  // no instruction set keeps more query rows in registers
-
 // Partial result of one row over one block: [best, total, unused, unused][head_dim]
 inline size_t partial_floats(int head_dim) { return 4 + static_cast<size_t>(head_dim); }
 
-// Scores of the rows at work, then a partial and a running best and total for every row of the tile.
+// Scores of a tile's rows, one widened page, then a partial and a running best and total for every row.
 inline size_t attend_scratch_floats(int rows, int head_dim) {
-  return kMaxAttendRows * kAttentionBlock + static_cast<size_t>(rows) * (partial_floats(head_dim) + 2);
+  return static_cast<size_t>(rows) * (kAttentionBlock + partial_floats(head_dim) + 2) +
+         static_cast<size_t>(kPageTokens) * head_dim;
 }
 
 struct KernelTable {

@@ -44,8 +44,6 @@ _MAX_HELP_WIDTH = 100
 
 def run_app(arguments: Sequence[str] | None = None) -> object:
     """An exit code, or None for 0. What goes wrong is raised, for `exit_code_of`."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a character
     return build_app()(args=arguments, prog_name="isotherm", standalone_mode=False)
 
 

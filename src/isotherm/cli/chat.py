@@ -57,7 +57,8 @@ def chat(
         session = Session(generator, model, settings, system, verbose)
         if sys.stdin.isatty():
             _edit_lines()
-            notice(f"{model}, context {generator.context_tokens} tokens; /help for help")
+            facts = generator.facts
+            notice(f"{model} in {facts.load_s:.2f} s, context of {generator.context_tokens} tokens; /help for help")
         talk(session, _ask)
 
 
@@ -95,7 +96,7 @@ class Session:
             if note := context_note(self.generator, finished, _CLEAR_HINT):
                 notice(note)
             if self.verbose:
-                notice("\n".join(answer_facts(self.generator, finished).lines()))
+                notice("\n".join(answer_facts(self.generator, finished, load_s=0.0).lines()))
 
     def _messages(self, asked: Turn) -> "list[Message]":
         turns = [*([Turn("system", self.system)] if self.system else []), *self.turns, asked]

@@ -47,8 +47,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def read_stdin() -> str | None:
-    """What is piped in; None where stdin is a terminal or closed. Raises OptionError for what is no text."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """What is piped in; None where stdin is a terminal. Raises OptionError for what is no text."""
+    if sys.stdin.isatty():
         return None
     data = sys.stdin.buffer.read(_MAX_STDIN_BYTES + 1)
     if len(data) > _MAX_STDIN_BYTES:

@@ -4,6 +4,7 @@
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ _UsageError = typer.BadParameter.__mro__[1]
 
 def exit_code_of(run: Callable[[], object]) -> int:
     """Runs a command to its end and says how it ended. What is nobody's fault but ours leaves as it is."""
+    _prepare_streams()
     try:
         with _sigterm_unwinds():
             code = run()
@@ -43,7 +45,7 @@ def exit_code_of(run: Callable[[], object]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except OSError as error:
-        return BROKEN_PIPE if _is_broken_pipe(error) else _fail(str(error), FAILURE)
+        return BROKEN_PIPE if _is_broken_pipe(error) else _fail(_system_text(error), FAILURE)
     except SystemExit as end:
         if _is_broken_pipe(end.__context__):  # which typer answers with an exit of its own
             return BROKEN_PIPE
@@ -71,8 +73,23 @@ def _usage_text(error: Exception) -> str:
     return f"{message}{'' if message.endswith('?') else ';'} see `{command} --help`"
 
 
+def _system_text(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
 def _is_broken_pipe(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def _prepare_streams() -> None:
+    """A stream that was closed before we started swallows; a character that one cannot show becomes a `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # open to the end
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _let_go_of_closed_streams() -> None:

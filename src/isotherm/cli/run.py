@@ -53,7 +53,7 @@ def run(
                 if not as_json:
                     write_text(piece.text)
         assert answer is not None, "the last piece carries the answer"
-        facts = answer_facts(generator, answer)
+        facts = answer_facts(generator, answer, load_s=generator.facts.load_s)
         if as_json:
             print_json(facts.as_json())
         elif not answer.text.endswith("\n"):

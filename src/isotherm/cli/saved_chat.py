@@ -37,8 +37,6 @@ class SavedChat:
 
 def save_chat(path: Path, chat: SavedChat) -> None:
     """Raises OptionError where `path` cannot be written, or is some other file."""
-    if path.exists():
-        _require_ours(path)
     text = json.dumps(
         {
             "format": _FORMAT,
@@ -51,9 +49,13 @@ def save_chat(path: Path, chat: SavedChat) -> None:
         indent=1,
     )
     try:
+        if path.exists():
+            _require_ours(path)
         _write_whole(path, text)
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}") from error
+    except OptionError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise OptionError(f"{path} cannot be written: {error}") from error
 
 
 def load_chat(path: Path) -> SavedChat:
@@ -64,11 +66,11 @@ def load_chat(path: Path) -> SavedChat:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise OptionError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB; it is no conversation")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OptionError:
+        raise
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, OptionError):
-            raise
         raise OptionError(f"{path} is damaged, or no conversation: {error}") from error
     return _Reader(path).chat(content)
 

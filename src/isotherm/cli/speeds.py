@@ -42,8 +42,11 @@ class AnswerFacts:
         return [f"{label + ':':<22}{value}" for label, value in rows]
 
 
-def answer_facts(generator: "TextGenerator", answer: "Answer") -> AnswerFacts:
-    """The first token comes out of the prefill, so decode's rate counts the others; cached tokens cost nothing."""
+def answer_facts(generator: "TextGenerator", answer: "Answer", *, load_s: float) -> AnswerFacts:
+    """The first token comes out of the prefill, so decode's rate counts the others; cached tokens cost nothing.
+
+    load_s: 0 where the model was there already.
+    """
     return AnswerFacts(
         model=generator.facts.name,
         text=answer.text,
@@ -51,7 +54,7 @@ def answer_facts(generator: "TextGenerator", answer: "Answer") -> AnswerFacts:
         num_prompt_tokens=answer.num_prompt_tokens,
         num_cached_tokens=answer.num_cached_tokens,
         num_tokens=answer.num_tokens,
-        load_s=generator.facts.load_s,
+        load_s=load_s,
         prefill_s=answer.prefill_s,
         decode_s=answer.decode_s,
         prefill_tokens_per_s=_per_second(answer.num_prompt_tokens - answer.num_cached_tokens, answer.prefill_s),
