@@ -8,7 +8,7 @@
 namespace isotherm {
 namespace {
 
-constexpr int kSpins = 4000;  // some 40 microseconds
+constexpr int kSpins = 1000;  // 25 to 50 microseconds, by what a pause takes
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypedDict
 
@@ -56,16 +57,16 @@ class TextGenerator:
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, facts: ModelFacts
     ) -> None:
-        self._engine = engine
+        self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._template = template
         self._lock = threading.Lock()
-        self._closed = False
+        self._streaming_thread: int | None = None
         self.facts = facts
 
     @property
     def context_tokens(self) -> int:
-        return self._engine.context_tokens
+        return self._open_engine().context_tokens
 
     @property
     def has_chat_template(self) -> bool:
@@ -105,7 +106,7 @@ class TextGenerator:
             raise OptionError("stop must be a list of strings that are not empty")
         ids = self.prompt_ids(prompt, raw=raw)
         request = Request(tuple(ids), max_tokens, params, self._tokenizer.end_ids)
-        self._engine.num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
+        self._open_engine().num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
         return self._run(request, tuple(stop))
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
@@ -129,12 +130,11 @@ class TextGenerator:
         return ids
 
     def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
-        with self._lock:
-            self._check_open()
+        with self._turn() as engine:
             facts, text = RunFacts(), _StopFilter(stop)
             chosen: list[SampledToken] = []
             detokenizer = Detokenizer(self._tokenizer, continues=True)
-            tokens = self._engine.generate(request, facts)
+            tokens = engine.generate(request, facts)
             try:
                 for token in tokens:
                     chosen.append(token)
@@ -179,31 +179,40 @@ class TextGenerator:
             raise OptionError("there are no tokens to compute logits of")
         if not all(0 <= token < self.facts.config.vocab_size for token in token_ids):
             raise OptionError(f"token ids must lie in 0..{self.facts.config.vocab_size - 1}")
-        with self._lock:
-            self._check_open()
-            yield from self._engine.logit_blocks(token_ids, rows, block_rows)
+        with self._turn() as engine:
+            yield from engine.logit_blocks(token_ids, rows, block_rows)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Measures: seconds that a prompt of `num_tokens` takes, nothing of it cached."""
-        with self._lock:
-            self._check_open()
-            return self._engine.time_prefill(num_tokens)
+        with self._turn() as engine:
+            return engine.time_prefill(num_tokens)
 
     def decode_s(self, num_tokens: int, *, depth: int = 0) -> DecodeTiming:
         """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
-        with self._lock:
-            self._check_open()
-            return self._engine.time_decode(num_tokens, depth)
+        with self._turn() as engine:
+            return engine.time_decode(num_tokens, depth)
 
     def close(self) -> None:
         """Gives memory and threads back. A running answer ends first."""
         with self._lock:
-            self._closed = True
-            del self._engine
+            self._engine = None
 
-    def _check_open(self) -> None:
-        if self._closed:
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
             raise OptionError(f"{self.facts.name} was closed; load it again")
+        return self._engine
+
+    @contextmanager
+    def _turn(self) -> Iterator[Engine]:
+        """The engine for one call; other threads wait. The thread that waits for its own stream would wait for ever."""
+        if self._streaming_thread == threading.get_ident():
+            raise OptionError("an answer of this thread is still streaming; finish or close it first")
+        with self._lock:
+            self._streaming_thread = threading.get_ident()
+            try:
+                yield self._open_engine()
+            finally:
+                self._streaming_thread = None
 
     def __enter__(self) -> Self:
         return self

@@ -14,13 +14,14 @@ import isotherm
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No setting and no cache of the machine's owner reaches a test. The folder that holds config and caches."""
+    """No setting, cache or stdin of the machine's owner reaches a test. The folder that holds config and caches."""
     for name in list(os.environ):
         if name.startswith(("ISOTHERM_", "HF_")) and name != "ISOTHERM_SHARED":
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     return tmp_path
 
 
@@ -46,8 +47,7 @@ def pipe_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, pipe_in: Callable[[bytes], None]) -> FakeModel:
-    pipe_in(b"")
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     model = FakeModel()
     monkeypatch.setattr(isotherm, "load", lambda name, **arguments: model.load(name, **arguments))
     return model

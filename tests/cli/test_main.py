@@ -108,7 +108,6 @@ def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("a promise was broken")
 
     monkeypatch.setattr("isotherm.load", broken)
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     with pytest.raises(AssertionError, match="promise"):
         main(["run", "m", "Hi"])
 
@@ -149,7 +148,7 @@ def test_signals_end_quietly(tiny: str, number: int, code: int) -> None:
 
 def test_closed_streams_do_no_harm(tiny: str) -> None:
     shell = f'exec "{sys.executable}" -m isotherm run "{tiny}" the -n 2 <&- >&- 2>&-'
-    assert subprocess.run(["sh", "-c", shell], timeout=TIMEOUT_S).returncode == 2, "no stdin, but a prompt"
+    assert subprocess.run(["sh", "-c", shell], timeout=TIMEOUT_S).returncode == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -186,16 +185,14 @@ def test_run_of_a_local_file_opens_no_socket(tiny: str) -> None:
         "else:\n"
         "    sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", watched]
-    probe = subprocess.run([*command, "probe"], capture_output=True, text=True, timeout=TIMEOUT_S)
+
+    def watch(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", watched, *arguments]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+    probe = watch("probe")
     assert "SOCKET" in probe.stderr, "the watch itself must see a socket"
-    ran = subprocess.run(
-        [*command, "run", tiny, "the", "-n", "2"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    ran = watch("run", tiny, "the", "-n", "2")
     assert ran.returncode == 0
     assert "SOCKET" not in ran.stderr
 
@@ -240,7 +237,7 @@ def test_chat_at_a_terminal(tiny: str) -> None:
     terminal.wait_for(b">>> ")
     terminal.type(b"the\r")
     terminal.wait_for(b"the\r\n")
-    terminal.wait_for(b"e")
+    terminal.wait_for("\N{REPLACEMENT CHARACTER}".encode())  # noise is seldom UTF-8
     terminal.type(b"\x03")
     terminal.wait_for(b">>> ")
     terminal.type(b"/set\r")

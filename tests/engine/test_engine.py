@@ -1,0 +1,82 @@
+"""The engine against the plainest loop there is: the whole prefix recomputed for every token."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_tiny
+
+import isotherm
+from isotherm.errors import ContextOverflow, OptionError
+from isotherm.text import TextGenerator
+from isotherm.types import QuantType
+
+PROMPT = list(range(5, 45))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
+    path = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", request.param, QuantType.Q4_1)
+    return isotherm.load(path, cache_bytes=0, threads=2)
+
+
+def greedy(model: TextGenerator, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(np.argmax(model.logits(ids)[-1])))
+    return ids
+
+
+def test_decode_is_the_whole_prefix_recomputed(model: TextGenerator) -> None:
+    text = "the rain in spain on the sand"
+    ids = model.prompt_ids(text, raw=True)
+    expected = greedy(model, ids, 24)[len(ids) :]
+    answer = model.generate(text, raw=True, max_tokens=24)
+    stopped = min((i for i, token in enumerate(expected) if token in model._tokenizer.end_ids), default=24)
+    assert list(answer.token_ids) == expected[:stopped]
+
+
+def test_a_cache_hit_changes_nothing(model: TextGenerator) -> None:
+    first = model.generate("the rain in spain", raw=True, max_tokens=16)
+    again = model.generate("the rain in spain", raw=True, max_tokens=16)
+    other = model.generate("on the sand", raw=True, max_tokens=4)
+    once_more = model.generate("the rain in spain", raw=True, max_tokens=16)
+    assert again.num_cached_tokens > 0
+    assert first.token_ids == again.token_ids == once_more.token_ids
+    assert other.num_tokens > 0
+
+
+def test_seeds_repeat_and_differ(model: TextGenerator) -> None:
+    options = {"raw": True, "max_tokens": 12, "temperature": 1.5}
+    one, same, other = (model.generate("the rain", seed=seed, **options).token_ids for seed in (7, 7, 8))
+    assert one == same
+    assert one != other
+
+
+def test_a_prompt_that_does_not_fit_says_by_how_much(model: TextGenerator) -> None:
+    with pytest.raises(ContextOverflow, match="too many") as caught:
+        model.generate("the rain in spain " * 400, raw=True)
+    assert caught.value.context_tokens == model.context_tokens
+    assert caught.value.num_tokens > model.context_tokens
+
+
+def test_an_answer_ends_with_the_context(model: TextGenerator) -> None:
+    bias = tuple((token, -float("inf")) for token in model._tokenizer.end_ids)
+    answer = model.generate("the rain", raw=True, logit_bias=bias)
+    assert answer.finish_reason == "length"
+    assert answer.num_prompt_tokens + answer.num_tokens == model.context_tokens
+
+
+def test_logit_blocks_are_the_rows_of_logits(model: TextGenerator) -> None:
+    every = model.logits(PROMPT)
+    rows = [0, 7, 8, 30, 39]
+    blocks = list(model.logit_blocks(PROMPT, rows, block_rows=2))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(blocks), every[rows])
+
+
+def test_wrong_token_ids_are_refused(model: TextGenerator) -> None:
+    with pytest.raises(OptionError, match="0.."):
+        model.logits([1, 10**6])
+    with pytest.raises(OptionError, match="no tokens"):
+        model.logits([])

@@ -1,0 +1,143 @@
+"""TextGenerator: streaming, stop strings, messages, limits of its life."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import write_tiny
+
+import isotherm
+from isotherm.errors import InsufficientMemory, OptionError
+from isotherm.text import TextGenerator, _StopFilter
+from isotherm.types import QuantType
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    metadata = {"tokenizer.chat_template": TEMPLATE}
+    return write_tiny(folder / "tiny.gguf", "llama", QuantType.Q8_0, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> TextGenerator:
+    return isotherm.load(path, cache_bytes=0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=12),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_the_stop_filter_is_a_cut_at_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+    text = _StopFilter(tuple(stop))
+    out = ""
+    for piece in pieces:
+        out += text.push(piece)
+        if text.stopped:
+            break
+    if not text.stopped:
+        out += text.finish("")
+    whole, ends = "", False  # the twin: all text so far is searched after every piece
+    for piece in pieces:
+        whole += piece
+        found = [at for string in stop if (at := whole.find(string)) >= 0]
+        if found:
+            whole, ends = whole[: min(found)], True
+            break
+    assert (out, text.emitted, text.stopped) == (whole, whole, ends)
+
+
+def test_pieces_make_the_answer(model: TextGenerator) -> None:
+    pieces = list(model.stream("the rain", max_tokens=20))
+    answer = pieces[-1].answer
+    assert answer is not None
+    assert all(piece.answer is None for piece in pieces[:-1])
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert answer.tokens == model.generate("the rain", max_tokens=20).tokens
+    assert answer.num_tokens <= 20
+
+
+def test_text_is_a_user_message_unless_raw(model: TextGenerator) -> None:
+    spelled = model.prompt_ids("<user>the rain", raw=True)
+    assert model.prompt_ids("the rain") == spelled
+    assert model.prompt_ids([{"role": "user", "content": "the rain"}]) == spelled
+    with pytest.raises(OptionError, match="raw=True takes text"):
+        model.prompt_ids([{"role": "user", "content": "the rain"}], raw=True)
+
+
+def test_log_probabilities_come_where_they_are_asked_for(model: TextGenerator) -> None:
+    answer = model.generate("the rain", max_tokens=3, num_logprobs=4)
+    for token in answer.tokens:
+        assert len(token.top_logprobs) == 4
+        assert token.top_logprobs[0] == (token.token_id, token.logprob)
+
+
+def test_unknown_and_wrong_options_raise(model: TextGenerator, path: Path) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate("the rain", temprature=1.0)
+    with pytest.raises(OptionError, match="temperature"):
+        model.generate("the rain", temperature=-1.0)
+    with pytest.raises(OptionError, match="max_tokens"):
+        model.generate("the rain", max_tokens=0)
+    with pytest.raises(OptionError, match="stop"):
+        model.generate("the rain", stop=[""])
+    with pytest.raises(TypeError, match="thread"):
+        isotherm.load(path, thread=2)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match="backend"):
+        isotherm.load(path, backend="abacus")
+    with pytest.raises(OptionError, match="made for"):
+        isotherm.load(path, context_tokens=10**6)
+
+
+def test_a_closed_stream_leaves_the_model_usable(model: TextGenerator) -> None:
+    stream = model.stream("the rain", max_tokens=50)
+    next(stream)
+    stream.close()
+    assert model.generate("the rain", max_tokens=2).num_tokens <= 2
+
+
+def test_a_second_call_during_a_stream_is_an_error_and_not_a_deadlock(model: TextGenerator) -> None:
+    stream = model.stream("the rain", max_tokens=50)
+    next(stream)
+    with pytest.raises(OptionError, match="still streaming"):
+        model.generate("the rain", max_tokens=2)
+    stream.close()
+
+
+def test_a_closed_model_says_so(path: Path) -> None:
+    with isotherm.load(path, cache_bytes=0) as model:
+        pass
+    with pytest.raises(OptionError, match="was closed"):
+        model.generate("the rain")
+
+
+def test_threads_take_turns(model: TextGenerator) -> None:
+    expected = model.generate("the rain", max_tokens=8).token_ids
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(model.generate("the rain", max_tokens=8).token_ids))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 4
+
+
+def test_what_cannot_fit_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isotherm.assemble.available_memory_bytes", lambda: 1 << 20)
+    with pytest.raises(InsufficientMemory, match=r"weights.*KV pages.*work"):
+        isotherm.load(path, cache_bytes=0, context_tokens=512)
+
+
+def test_the_reference_backend_answers_alike(model: TextGenerator, path: Path) -> None:
+    with isotherm.load(path, backend="reference") as reference:
+        assert reference.facts.isa == "numpy"
+        ids = model.prompt_ids("the rain in spain")
+        assert abs(reference.logits(ids) - model.logits(ids)).max() < 0.5
