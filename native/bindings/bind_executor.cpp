@@ -105,7 +105,8 @@ class ProgramBuilder {
   }
 
   void embed(int matrix, float scale, int out) {
-    require(matrices_.at(matrix).type_a == matrices_.at(matrix).type_b && width(out) == matrices_[matrix].columns, "embed");
+    require(matrices_.at(matrix).type_a == matrices_.at(matrix).type_b && width(out) == matrices_[matrix].columns,
+            "embed");
     program_.steps.push_back(EmbedStep{matrices_[matrix], scale, out});
   }
 
@@ -183,7 +184,10 @@ class BoundExecutor {
 
   // sequences: (num_new, num_cached, page tables by state group)
   bool run(Ints token_ids, const std::vector<std::tuple<int, int, std::vector<Ints>>>& sequences, Ints logit_rows) {
-    BatchView batch{token_ids.data(), static_cast<int>(token_ids.size()), {}, logit_rows.data(),
+    BatchView batch{token_ids.data(),
+                    static_cast<int>(token_ids.size()),
+                    {},
+                    logit_rows.data(),
                     static_cast<int>(logit_rows.size())};
     require(batch.num_tokens > 0 && batch.num_tokens <= limits_.max_tokens, "tokens of a batch");
     int start = 0;

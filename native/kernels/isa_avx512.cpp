@@ -17,6 +17,6 @@ constexpr int kAttendRows = 6;  // query rows in registers at once
 // clang-format on
 
 const isotherm::KernelTable isotherm::kAvx512Table = {
-    "avx512", kFewTokens, kManyTokens, &rms_norm,  &add_norm, &add,    &quantise, &multiply_panel, &finish_linear, &finish_glu,
-    &embed_row, &rope, &append,   &attend, &attend_block, &merge_blocks,
+    "avx512",       kFewTokens,  kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
+    &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
 };

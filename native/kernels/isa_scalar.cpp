@@ -17,6 +17,6 @@ constexpr int kAttendRows = 1;  // query rows in registers at once
 // clang-format on
 
 const isotherm::KernelTable isotherm::kScalarTable = {
-    "scalar", kFewTokens, kManyTokens, &rms_norm,  &add_norm, &add,    &quantise, &multiply_panel, &finish_linear, &finish_glu,
-    &embed_row, &rope, &append,   &attend, &attend_block, &merge_blocks,
+    "scalar",       kFewTokens,  kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
+    &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
 };

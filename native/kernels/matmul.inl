@@ -111,7 +111,8 @@ VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, ty
     for (int n = 0; n < S::kTiles; n++) {
       const F minimum = C::minimum(tiles[n], b);
 #pragma GCC unroll 8
-      for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(splat(rows.sums[b * S::kBundle + t]), minimum, block[t][n]);
+      for (int t = 0; t < S::kTokens; t++)
+        block[t][n] = fma(splat(rows.sums[b * S::kBundle + t]), minimum, block[t][n]);
     }
   }
 #pragma GCC unroll 8

@@ -61,10 +61,10 @@ struct AttendArgs {
   int first_position;  // of the first token
   int window;          // 0: none
   float scale;
-  const int32_t* pages;    // page ids by page index
-  const uint16_t* kv;      // page 0 of this layer and head
-  size_t page_stride;      // in elements
-  float* scratch;          // attend_scratch_floats(rows, head_dim)
+  const int32_t* pages;  // page ids by page index
+  const uint16_t* kv;    // page 0 of this layer and head
+  size_t page_stride;    // in elements
+  float* scratch;        // attend_scratch_floats(rows, head_dim)
 };
 
 // Partial result of one row over one block: [best, total, unused, unused][head_dim]
@@ -93,7 +93,7 @@ struct KernelTable {
   void (*rope)(const RopeArgs& args, float* head);
   // Writes one token's head into its page: keys are [head_dim][64], values [64][head_dim], both float16.
   void (*append)(const float* k, const float* v, int head_dim, int slot, uint16_t* page);
-  void (*attend)(const AttendArgs& args);                                   // all blocks, in order
+  void (*attend)(const AttendArgs& args);                                    // all blocks, in order
   void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
   void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);
 };

@@ -91,7 +91,8 @@ void Executor::measure() {
       tile_rows = std::max(tile_rows, tile_tokens(*attention) * (attention->num_heads / attention->num_kv_heads));
     }
   }
-  const size_t num_buffers = program_.widths.size(), rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
+  const size_t num_buffers = program_.widths.size(),
+               rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
   arenas_.reserve(num_buffers + 12 * (workers_.size() + 1));
   for (size_t i = 0; i < num_buffers; i++) {
     const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;

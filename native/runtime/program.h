@@ -134,8 +134,8 @@ struct BatchView {
 };
 
 struct NativeProgram {
-  int max_tokens;     // rows of a batch
-  int max_head_rows;  // rows that the head takes at once
+  int max_tokens;           // rows of a batch
+  int max_head_rows;        // rows that the head takes at once
   std::vector<int> widths;  // of the buffers; the last buffer is the logits
   std::vector<Step> steps;  // those from the SelectStep on run on logit rows
   std::vector<KvPool> pools;

@@ -74,7 +74,8 @@ bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
     const Projection* p = step.projections.data();
     for (; i >= p->weight.num_panels(); p++) i -= p->weight.num_panels();
     const Matrix& w = p->weight;
-    kernels_.multiply_panel({w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    kernels_.multiply_panel(
+        {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
     const Buffer& out = buffers_[p->out];
     const int column = i * kPanelRows, valid = std::min(kPanelRows, out.width - column);
     for (int r = 0; r < num_rows; r++) {
@@ -104,7 +105,8 @@ bool Executor::run_step(const GluStep& step, size_t index, int thread) {
   if (quantise(step.x, step.norm, w.columns, needs, num_rows, thread, x)) return true;
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
-    kernels_.multiply_panel({w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    kernels_.multiply_panel(
+        {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
     const Buffer& out = buffers_[step.out];
     const int column = i * kTileRows, valid = std::min(kTileRows, out.width - column);
     for (int r = 0; r < num_rows; r++) {
@@ -224,7 +226,9 @@ bool Executor::attend_split(const AttentionStep& step, size_t index, int thread)
   const int blocks = *std::max_element(positions_.begin(), positions_.end()) / kAttentionBlock + 1;
   const size_t floats = partial_floats(step.head_dim);
   const size_t task_floats = static_cast<size_t>(tile_tokens(step)) * group * floats;  // rows of one tile, one block
-  const auto place = [&](int task, int block) { return partials_.data() + (static_cast<size_t>(task) * blocks + block) * task_floats; };
+  const auto place = [&](int task, int block) {
+    return partials_.data() + (static_cast<size_t>(task) * blocks + block) * task_floats;
+  };
   for (int item; (item = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < total * blocks;) {
     const int task = item / blocks, block = item % blocks;
     kernels_.attend_block(tile_args(step, task, thread), block, place(task, block));

@@ -1,7 +1,7 @@
 """Isotherm runs language models on one person's machine, and says why it is fast or slow.
 
-    with isotherm.load("smollm2") as model:
-        print(model.generate("Why is the sky blue?", max_tokens=64).text)
+with isotherm.load("smollm2") as model:
+    print(model.generate("Why is the sky blue?", max_tokens=64).text)
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -181,7 +181,9 @@ class _Assembly:
                     self._reporter.notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
                 return packed
             except CacheUnavailable as error:
-                self._reporter.notice(f"running without the cache of packed models: {error.strerror} ({error.filename})")
+                self._reporter.notice(
+                    f"running without the cache of packed models: {error.strerror} ({error.filename})"
+                )
         memory = PackedMemory()
         build(memory)
         return memory

@@ -54,9 +54,7 @@ class Piece:
 class TextGenerator:
     """A loaded model. Thread safe: calls of several threads take turns. `isotherm.load` makes it."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, facts: ModelFacts
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, facts: ModelFacts) -> None:
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._template = template

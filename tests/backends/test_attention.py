@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from sketch import F32, ISAS, Finished, Sketch, assert_equal, random_inputs
+from sketch import F32, ISAS, Finished, Sketch, assert_equal
 
 from isotherm.backends.reference import contract
 from isotherm.program import ops
@@ -111,8 +111,14 @@ def test_prefill_decode_and_batches(case: Case) -> None:
     ids = np.random.default_rng(0).permutation(64).astype(np.int32)
     steps = (
         Batch(ids[:14], (Sequence(13, 0, (a,)), Sequence(1, 0, (b,))), np.arange(14, dtype=np.int32)),
-        Batch(ids[14:22], (Sequence(1, 13, (a,)), Sequence(4, 1, (b,)), Sequence(3, 0, (c,))), np.arange(8, dtype=np.int32)),
-        Batch(ids[22:25], tuple(Sequence(1, n, (t,)) for n, t in ((14, a), (5, b), (3, c))), np.arange(3, dtype=np.int32)),
+        Batch(
+            ids[14:22],
+            (Sequence(1, 13, (a,)), Sequence(4, 1, (b,)), Sequence(3, 0, (c,))),
+            np.arange(8, dtype=np.int32),
+        ),
+        Batch(
+            ids[22:25], tuple(Sequence(1, n, (t,)) for n, t in ((14, a), (5, b), (3, c))), np.arange(3, dtype=np.int32)
+        ),
     )
     compiled = [finished.compile(isa, 2, num_pages=(6,)) for isa in ISAS]
     reference = finished.compile_reference((6,))

@@ -80,9 +80,7 @@ def test_exp_holds_its_ends_beyond_the_range() -> None:
 @pytest.mark.parametrize("activation", list(Activation))
 def test_activations_are_those_of_float32(activation: Activation) -> None:
     x = np.linspace(-30, 30, 10_001).astype(np.float32)
-    np.testing.assert_allclose(
-        contract.activate(x, activation), float32.activate(x, activation), rtol=2e-6, atol=2e-6
-    )
+    np.testing.assert_allclose(contract.activate(x, activation), float32.activate(x, activation), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.BF16])
@@ -130,4 +128,3 @@ def test_the_cache_rounds_to_float16_as_numpy_does() -> None:
             ids = np.arange(start, min(len(rows), start + 2048), dtype=np.int32)
             actual = finished.native(replace(chain(len(ids)), token_ids=ids), isa)
             assert_equal(actual, expected[ids], f"{isa}, rows from {start}")
-

@@ -14,6 +14,9 @@ import typer.main
 
 from isotherm.cli import main
 from isotherm.cli.app import CACHE_COMMANDS, COMMANDS, build_app
+from isotherm.cli.chat import COMMANDS as CHAT_COMMANDS
+from isotherm.cli.saved_chat import CHAT_SETTINGS
+from isotherm.cli.settings import SETTINGS
 
 SNAPSHOT = Path(__file__).with_name("command_line.txt")
 ALL = [[name] for name in COMMANDS] + [["cache", name] for name in CACHE_COMMANDS]
@@ -52,6 +55,15 @@ def test_every_help_is_plain_and_fits(path: list[str], capsys: pytest.CaptureFix
 def test_every_parameter_has_help() -> None:
     silent = [line for line in described() if line.endswith(": ")]
     assert silent == []
+
+
+def test_pages_name_every_command_and_setting() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "cli.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}" not in page] == []
+    assert [name for name in SETTINGS if f"`{name}`" not in page] == []
+    chat_page = (docs / "chat.md").read_text(encoding="utf-8")
+    assert [name for name in (*CHAT_COMMANDS, *CHAT_SETTINGS) if f"`{name}" not in chat_page] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -75,7 +75,9 @@ def llama3_factors(dims: int, base: float, factor: float, original_tokens: int) 
 
 
 CASES = (
-    OracleCase("llama", _LLAMA, "LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    OracleCase(
+        "llama", _LLAMA, "LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    ),
     OracleCase(
         "llama-linear-rope",
         replace(_LLAMA, rope=Rope(10000.0, 16, position_scale=1 / 4), num_kv_heads=1),

@@ -1,7 +1,7 @@
 """Asks transformers for the logits of every case; needs the `oracle` extra.
 
-    python tests/oracle/make_answers.py            writes tests/golden/transformers.npz
-    python tests/oracle/make_answers.py --check    compares with it, and fails where they differ
+python tests/oracle/make_answers.py            writes tests/golden/transformers.npz
+python tests/oracle/make_answers.py --check    compares with it, and fails where they differ
 """
 
 import sys

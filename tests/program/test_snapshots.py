@@ -1,6 +1,6 @@
 """Each family's Program as text, recorded and lowered: a change of a model is a diff that a reviewer reads.
 
-    pytest tests/program --update-snapshots
+pytest tests/program --update-snapshots
 """
 
 from dataclasses import replace

@@ -51,9 +51,7 @@ class DecodeTiming:
 class Engine:
     """One sequence at a time, its KV kept for the next request that starts alike. Not thread safe."""
 
-    def __init__(
-        self, compiled: CompiledProgram, program: Program, *, context_tokens: int, batch_tokens: int
-    ) -> None:
+    def __init__(self, compiled: CompiledProgram, program: Program, *, context_tokens: int, batch_tokens: int) -> None:
         self._compiled = compiled
         self._vocab_size = program.logits.width
         self.context_tokens = context_tokens

@@ -41,7 +41,7 @@ class PagePool:
 class PageTable:
     """One sequence's pages of one state group.
 
-        [0, first)  freed: a window has passed   |   [first, end) held   |   [end, ..) not yet taken
+    [0, first)  freed: a window has passed   |   [first, end) held   |   [end, ..) not yet taken
     """
 
     def __init__(self, pool: PagePool, window: int | None, context_tokens: int) -> None:

@@ -72,7 +72,9 @@ def _merge_engine(ids: dict[str, int], merges: tuple[str, ...], rule: WordRule) 
     try:
         model = BPE(vocab=ids, merges=pairs, ignore_merges=rule.ignore_merges)
     except Exception as error:  # the library raises nothing narrower
-        raise ModelFileError(f"tokenizer: the merges do not fit the vocabulary ({error}); the file is damaged") from error
+        raise ModelFileError(
+            f"tokenizer: the merges do not fit the vocabulary ({error}); the file is damaged"
+        ) from error
     engine = Tokenizer(model)
     cuts = [Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
     engine.pre_tokenizer = Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])

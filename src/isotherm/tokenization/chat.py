@@ -74,7 +74,9 @@ class ChatTemplate:
         from isotherm.tokenization.template_sandbox import MeteredEnvironment
 
         if len(self.source) > _MAX_SOURCE_CHARS:
-            raise TemplateError(f"the chat template has more than {_MAX_SOURCE_CHARS} characters; this is no chat template")
+            raise TemplateError(
+                f"the chat template has more than {_MAX_SOURCE_CHARS} characters; this is no chat template"
+            )
         environment = MeteredEnvironment()
         return environment.from_string(environment.metered_tree(self.source))
 

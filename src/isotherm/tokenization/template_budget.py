@@ -54,7 +54,9 @@ class TemplateBudget:
     def reserve(self, num_bytes: int) -> None:
         """Before something of that size is made."""
         if num_bytes > self._bytes:
-            raise TemplateError(f"the chat template asked for too much memory ({num_bytes} bytes); try another template")
+            raise TemplateError(
+                f"the chat template asked for too much memory ({num_bytes} bytes); try another template"
+            )
 
     def read(self, value: object) -> int:
         """Pays for a walk over `value`; its size in bytes, shared parts counted as often as they would be printed."""

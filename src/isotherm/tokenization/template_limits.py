@@ -15,7 +15,7 @@ _OBJECT_BYTES = 64  # of a short string, with its place in a list
 _COMPARED_PER_STEP = 32
 
 # Their time grows with the length of the text times that of what is looked for.
-_SEARCHES = frozenset("count find index lstrip partition replace rsplit rstrip split strip".split())
+_SEARCHES = frozenset(["count", "find", "index", "lstrip", "partition", "replace", "rsplit", "rstrip", "split", "strip"])
 
 
 def check_operator(budget: TemplateBudget, operator: str, left: object, right: object) -> None:
@@ -36,7 +36,9 @@ def check_operator(budget: TemplateBudget, operator: str, left: object, right: o
         raise TemplateError("the chat template formats text with %, which is refused")
 
 
-def check_text_method(budget: TemplateBudget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_text_method(
+    budget: TemplateBudget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Before `text.name(*args, **kwargs)`; join is given a list."""
     size = sys.getsizeof(text)
     budget.read(text)
@@ -66,7 +68,9 @@ def check_join(budget: TemplateBudget, value: list[Any], d: Any = "", attribute:
     budget.reserve(len(value) * budget.read(d))
 
 
-def _check_split(budget: TemplateBudget, text: str, sep: Any = None, maxsplit: int = -1, keepends: bool = False) -> None:
+def _check_split(
+    budget: TemplateBudget, text: str, sep: Any = None, maxsplit: int = -1, keepends: bool = False
+) -> None:
     num_pieces = text.count(sep) + 1 if isinstance(sep, str) and sep else len(text) // 2 + 1
     budget.reserve(_OBJECT_BYTES * num_pieces)
 
@@ -80,7 +84,9 @@ def _check_format(budget: TemplateBudget, text: str, values: tuple[Any, ...]) ->
             budget.print(value)
 
 
-def _check_indent(budget: TemplateBudget, text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> None:
+def _check_indent(
+    budget: TemplateBudget, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
+) -> None:
     num_chars = len(width) if isinstance(width, str) else width
     if isinstance(text, str):
         budget.reserve(_CHAR_BYTES * (len(text) + (text.count("\n") + 1) * num_chars))

@@ -51,9 +51,7 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (
         str,
         frozenset(
-            "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower "
-            "isnumeric isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rsplit "
-            "rstrip split splitlines startswith strip swapcase title upper".split()
+            ["capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
         ),
     ),
     (dict, frozenset(("copy", "get", "items", "keys", "values"))),

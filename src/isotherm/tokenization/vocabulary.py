@@ -22,7 +22,15 @@ class TokenType(IntEnum):
 # Files often give these no type and no id. llama.cpp goes by their text, so ids agree only if we do too.
 _END_MARKERS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
-    *("<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>", "<eos>", "<|tool_response>"),
+    *(
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<|tool_response>",
+    ),
     *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<｜end▁of▁sentence｜>"),
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -94,7 +102,9 @@ def _ends_messages_only(ids: dict[str, int]) -> bool:
 def _check_lists(spec: TokenizerSpec) -> None:
     num_tokens = len(spec.tokens)
     if num_tokens == 0:
-        raise ModelFileError("tokenizer: the vocabulary is empty; the file holds weights only, give one with a tokenizer")
+        raise ModelFileError(
+            "tokenizer: the vocabulary is empty; the file holds weights only, give one with a tokenizer"
+        )
     for name, values in (("token types", spec.token_types), ("scores", spec.scores)):
         if len(values) != num_tokens and not (name == "scores" and not values):
             raise ModelFileError(f"tokenizer: {len(values)} {name} for {num_tokens} tokens; the file is damaged")

@@ -20,9 +20,7 @@ def pair_name(gate: str, up: str) -> str:
     return f"{gate}+{up}"
 
 
-def packed_entries(
-    program: Program, tensors: Mapping[str, WeightTensor]
-) -> list[tuple[EntrySpec, list[WeightTensor]]]:
+def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> list[tuple[EntrySpec, list[WeightTensor]]]:
     """Every weight of a lowered Program in the order in which ops read them, with the tensors that it is made of."""
     entries: dict[str, tuple[EntrySpec, list[WeightTensor]]] = {}
     for name, parts in _weights(program):

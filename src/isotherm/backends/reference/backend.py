@@ -149,9 +149,7 @@ class CompiledReference:
         if isinstance(op, ops.RopeAttention):
             table = self._rope(op.rope, batch)
             q, k = (
-                contract.rotate(
-                    contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table
-                )
+                contract.rotate(contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table)
                 for x, norm in ((q, op.q_norm), (k, op.k_norm))
             )
             k, v = contract.to_cache(k), contract.to_cache(v)

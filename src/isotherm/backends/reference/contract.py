@@ -21,9 +21,7 @@ _EXP_LOW, _EXP_HIGH = np.float32(-87.0), np.float32(88.0)
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693145752), np.float32(1.42860677e-6)
 # exp on [-ln 2 / 2, ln 2 / 2], highest power first: Chebyshev interpolant of degree 6, relative error 2.1e-8
-_EXP_POLYNOMIAL = tuple(
-    np.float32(c) for c in (0.00139411189, 0.00837513477, 0.0416663528, 0.166664154, 0.5, 1.0, 1.0)
-)
+_EXP_POLYNOMIAL = tuple(np.float32(c) for c in (0.00139411189, 0.00837513477, 0.0416663528, 0.166664154, 0.5, 1.0, 1.0))
 
 
 def fma(a: F32, b: F32 | np.float32, c: F32) -> F32:
