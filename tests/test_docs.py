@@ -66,12 +66,12 @@ def prose(page: Path) -> str:
 
 
 def command_lines(page: Path) -> Iterator[tuple[int, str]]:
-    """Shell lines with their numbers: after `$ ` where a block shows output too, else all of a shell block."""
+    """Shell lines with their numbers: those after `$ ` where a block shows output too."""
     for block in fenced_blocks(page):
-        shows_output = block.content.startswith("$ ")
-        if block.language in ("sh", "bash", "shell", "console") or (shows_output and not block.language):
+        if block.language in ("", "sh", "bash", "shell", "console"):
+            shows_output = block.content.startswith("$ ")
             for number, line in enumerate(block.content.splitlines(), start=block.line):
-                if not shows_output or line.startswith("$ "):
+                if "isotherm " in line and (line.startswith("$ ") or not shows_output):
                     yield number, line.removeprefix("$ ")
 
 
@@ -193,7 +193,8 @@ def test_shell_lines_parse(page: Path) -> None:
 def test_commands_in_prose_exist(page: Path) -> None:
     """Command and flags; arguments may be left out where a sentence only names the command."""
     for quoted in re.findall(r"`isotherm( [^`]+)?`", prose(page)):
-        command, rest = find_command([word for word in quoted.split() if word not in ("…", "COMMAND")])
+        words = re.split(r" (?:\\?\||<) ", quoted)[0].split()
+        command, rest = find_command([word for word in words if word not in ("…", "...", "COMMAND")])
         for word in rest:
             assert not word.startswith("-") or word in flags_of(command), f"{page.name}: isotherm{quoted}: {word}"
 
@@ -268,6 +269,17 @@ def test_troubleshooting_has_every_error() -> None:
     headings = set(re.findall(r"(?m)^## (\w+)$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8")))
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and kind is not errors.IsothermError}
     assert headings == kinds
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages of several lines
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    tables = re.findall(r"(?m)^\| message has \|.*\n\|[-|]+\n((?:\|.*\n)+)", page)
+    quotes = [quote for table in tables for quote in re.findall(r"(?m)^\| `([^`]+)` \|", table)]
+    assert len(quotes) > 15
+    for part in chain(*(quote.split("…") for quote in quotes)):
+        assert part.strip() in source, part
 
 
 def test_licences_and_changelog_are_complete() -> None:

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <stdexcept>
@@ -90,7 +91,7 @@ class ProgramBuilder {
   }
 
   int rope_table(FloatRows table) {
-    tables_.push_back({table.data(), static_cast<int>(table.shape(1))});
+    tables_.push_back({table.data(), static_cast<int>(table.shape(0)), static_cast<int>(table.shape(1))});
     arrays_.push_back(nb::cast(table));
     return static_cast<int>(tables_.size()) - 1;
   }
@@ -131,15 +132,15 @@ class ProgramBuilder {
 
   void attention(const AttentionSpec& s) {
     const KvPool& pool = program_.pools.at(s.state);
-    const auto& [rope_table, rope_dims] = tables_.at(s.rope_table);
+    const auto& [rope_table, num_positions, rope_dims] = tables_.at(s.rope_table);
     require(s.head_dim % 16 == 0 && rope_dims % 2 == 0 && rope_dims <= s.head_dim, "attention: head_dim");
     require(s.num_kv_heads > 0 && s.num_heads % s.num_kv_heads == 0, "attention: heads");
     require(pool.num_kv_heads == s.num_kv_heads && pool.head_dim == s.head_dim, "attention: pool");
     require(width(s.q) == s.num_heads * s.head_dim && width(s.out) == width(s.q), "attention: q");
     require(width(s.k) == s.num_kv_heads * s.head_dim && width(s.v) == width(s.k), "attention: k and v");
     program_.steps.push_back(AttentionStep{s.q, s.k, s.v, s.out, norm(s.q_norm, s.head_dim), norm(s.k_norm, s.head_dim),
-                                           rope_table, rope_dims, s.num_heads, s.num_kv_heads, s.head_dim, s.scale,
-                                           s.window, s.state, s.slot});
+                                           rope_table, num_positions, rope_dims, s.num_heads, s.num_kv_heads,
+                                           s.head_dim, s.scale, s.window, s.state, s.slot});
   }
 
   void add_norm(int a, int b, NormRef norm_ref, int out) {
@@ -166,7 +167,11 @@ class ProgramBuilder {
   NativeProgram program_;
   std::deque<std::vector<float>> vectors_;
   std::vector<Matrix> matrices_;
-  std::vector<std::pair<const float*, int>> tables_;
+  struct RopeTable {
+    const float* data;
+    int num_positions, dims;
+  };
+  std::vector<RopeTable> tables_;
   std::vector<std::shared_ptr<Arena>> pools_;
   std::vector<nb::object> arrays_;  // what the raw pointers point into
 };
@@ -179,30 +184,29 @@ class BoundExecutor {
         pools_(std::move(builder.pools_)),
         arrays_(std::move(builder.arrays_)),
         vocab_(builder.program_.widths.back()),
-        limits_(builder.program_),
+        limits_(builder),
         executor_(std::move(builder.program_), table(isa), num_threads) {}
 
   // sequences: (num_new, num_cached, page tables by state group)
   bool run(Ints token_ids, const std::vector<std::tuple<int, int, std::vector<Ints>>>& sequences, Ints logit_rows) {
-    BatchView batch{token_ids.data(),
-                    static_cast<int>(token_ids.size()),
-                    {},
-                    logit_rows.data(),
-                    static_cast<int>(logit_rows.size())};
-    require(batch.num_tokens > 0 && batch.num_tokens <= limits_.max_tokens, "tokens of a batch");
+    const int num_tokens = static_cast<int>(token_ids.size());
+    require(num_tokens > 0 && num_tokens <= limits_.max_tokens, "tokens of a batch");
+    require_range(token_ids, 0, limits_.num_embeddings, "token ids");
+    require_range(logit_rows, 0, num_tokens, "logit rows");
+    BatchView batch{token_ids.data(), num_tokens, {}, nullptr, static_cast<int>(logit_rows.size())};
     int start = 0;
     for (const auto& [num_new, num_cached, tables] : sequences) {
-      require(tables.size() == limits_.num_pools, "a page table per state group");
+      require(num_new > 0 && num_cached >= 0 && num_cached <= limits_.num_positions - num_new, "length of a sequence");
+      require(tables.size() == limits_.pools.size(), "a page table per state group");
       SequenceView view{start, num_new, num_cached, {}};
-      for (const Ints& pages : tables) {
-        require(static_cast<int>(pages.size()) * kPageTokens >= num_cached + num_new, "page table is too short");
-        view.page_tables.push_back(pages.data());
+      for (size_t i = 0; i < tables.size(); i++) {
+        check_pages(tables[i], limits_.pools[i], num_cached, num_cached + num_new);
+        view.page_tables.push_back(tables[i].data());
       }
       start += num_new;
       batch.sequences.push_back(std::move(view));
     }
-    require(start == batch.num_tokens, "sequences cover the batch");
-    num_logit_rows_ = batch.num_logit_rows;
+    require(start == num_tokens, "sequences cover the batch");
     logit_rows_.assign(logit_rows.data(), logit_rows.data() + logit_rows.size());
     batch.logit_rows = logit_rows_.data();
     return finish([&](const auto& poll) { return executor_.run(batch, poll); });
@@ -210,7 +214,9 @@ class BoundExecutor {
 
   bool head(int first, LogitRows logits) {
     const int count = static_cast<int>(logits.shape(0));
-    require(count > 0 && count <= limits_.max_head_rows && first >= 0 && first + count <= num_logit_rows_, "head rows");
+    require(count > 0 && count <= limits_.max_head_rows && first >= 0 &&
+                first + count <= static_cast<int>(logit_rows_.size()),
+            "head rows");
     require(static_cast<int>(logits.shape(1)) == vocab_, "head columns");
     float* data = logits.data();
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
@@ -219,12 +225,39 @@ class BoundExecutor {
   double busy_s() const { return executor_.busy_s(); }
 
  private:
-  struct Limits {
-    explicit Limits(const NativeProgram& p)
-        : max_tokens(p.max_tokens), max_head_rows(p.max_head_rows), num_pools(p.pools.size()) {}
-    int max_tokens, max_head_rows;
-    size_t num_pools;
+  struct Pool {
+    int num_pages, window;
   };
+
+  // What a batch is checked against.
+  struct Limits {
+    explicit Limits(const ProgramBuilder& builder)
+        : max_tokens(builder.program_.max_tokens), max_head_rows(builder.program_.max_head_rows) {
+      for (const KvPool& pool : builder.program_.pools) pools.push_back({pool.num_pages, 0});
+      for (const Step& step : builder.program_.steps) {
+        if (const auto* embed = std::get_if<EmbedStep>(&step)) num_embeddings = embed->weight.rows;
+        if (const auto* attention = std::get_if<AttentionStep>(&step)) {
+          pools[static_cast<size_t>(attention->state)].window = attention->window;
+          num_positions = std::min(num_positions, attention->num_positions);
+        }
+      }
+    }
+    int max_tokens, max_head_rows;
+    int num_embeddings = 0, num_positions = INT32_MAX;
+    std::vector<Pool> pools;
+  };
+
+  static void require_range(const Ints& values, int low, int high, const char* what) {
+    for (size_t i = 0; i < values.size(); i++) require(values.data()[i] >= low && values.data()[i] < high, what);
+  }
+
+  // Every position that the new tokens see, their own included, has a page of the pool.
+  static void check_pages(const Ints& pages, const Pool& pool, int num_cached, int end) {
+    const int oldest = pool.window && num_cached + 1 > pool.window ? num_cached + 1 - pool.window : 0;
+    require(static_cast<int>(pages.size()) >= (end + kPageTokens - 1) / kPageTokens, "page table is too short");
+    for (int i = oldest / kPageTokens; i <= (end - 1) / kPageTokens; i++)
+      require(pages.data()[i] >= 0 && pages.data()[i] < pool.num_pages, "page of a visible position");
+  }
 
   // Releases the GIL for the run; takes it back now and then to let Python's signal handlers speak.
   template <class Run>
@@ -247,7 +280,6 @@ class BoundExecutor {
   int vocab_;
   Limits limits_;
   Executor executor_;
-  int num_logit_rows_ = 0;
   std::vector<int32_t> logit_rows_;
 };
 

@@ -88,8 +88,8 @@ struct GluStep {
 struct AttentionStep {
   int q, k, v, out;
   Norm q_norm, k_norm;
-  const float* rope_table;  // [positions][rope_dims]
-  int rope_dims;
+  const float* rope_table;  // [num_positions][rope_dims]
+  int num_positions, rope_dims;
   int num_heads, num_kv_heads, head_dim;
   float scale;
   int window;  // 0: none

@@ -1,6 +1,7 @@
 """The one file that knows every room: a name becomes a TextGenerator."""
 
 import hashlib
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,6 @@ class _Assembly:
         self._reporter = reporter
         self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
         self._lowered = lower(self._program)
-        self._tokenizer = build_tokenizer(checkpoint.tokenizer)
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
         self._entries = [spec for spec, _ in packed_entries(self._lowered, checkpoint.tensors)]
@@ -95,7 +95,9 @@ class _Assembly:
             isa = self._isa
             weights = self._packed()
             checkpoint.close()  # what the packed form holds is never read from the source
+            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
+        tokenizer = build_tokenizer(checkpoint.tokenizer)
         engine = Engine(compiled, lowered, context_tokens=context_tokens, batch_tokens=limits.max_tokens)
         facts = ModelFacts(
             name=name,
@@ -112,7 +114,7 @@ class _Assembly:
             memory=memory,
             load_s=time.perf_counter() - started,
         )
-        return TextGenerator(engine, self._tokenizer, chat_template_for(checkpoint.tokenizer), facts)
+        return TextGenerator(engine, tokenizer, chat_template_for(checkpoint.tokenizer), facts)
 
     def _token_bytes(self) -> int:
         is_gathered = not self._checkpoint.config.tied_head  # one row of the embedding is nothing beside the rest

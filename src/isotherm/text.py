@@ -72,10 +72,7 @@ class TextGenerator:
 
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
         """The whole answer at once; takes what `stream` takes and raises what it raises."""
-        last = None
-        for last in self.stream(prompt, **options):
-            pass
-        assert last is not None
+        *_, last = self.stream(prompt, **options)
         assert last.answer is not None
         return last.answer
 

@@ -109,6 +109,7 @@ def test_wrong_text_is_refused_by_source_and_by_what_is_allowed(
         "temperature = true",
         'temperature = "hot"',
         "temperature = nan",
+        f"temperature = 1{'0' * 400}",
         "offline = 1",
         "backend = 1",
         "[threads]",

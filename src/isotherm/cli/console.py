@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 
 _MAX_STDIN_BYTES = 64 << 20
 # Terminals obey control characters: a model, or a name in its file, must not speak to ours.
-_VISIBLE_CONTROLS = {
-    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(0x7F, 0xA0)) if code not in (9, 10)
-}
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_VISIBLE_CONTROLS = {code: _REPLACEMENT for code in (*range(32), *range(0x7F, 0xA0)) if code not in (9, 10)}
 
 
 def printable(text: str) -> str:
@@ -40,7 +39,7 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns, never cut: a pipe has no width."""
-    table = [header, *([printable(cell) for cell in row] for row in rows)]
+    table = [header, *([printable(cell).replace("\n", _REPLACEMENT) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -35,6 +35,13 @@ _UsageError = typer.BadParameter.__mro__[1]
 def exit_code_of(run: Callable[[], object]) -> int:
     """Runs a command to its end and says how it ended. What is nobody's fault but ours leaves as it is."""
     _prepare_streams()
+    code = _run(run)
+    if code == INTERRUPTED and sys.stderr.isatty():
+        print(file=sys.stderr)  # the terminal wrote ^C, and the shell's prompt comes next
+    return code
+
+
+def _run(run: Callable[[], object]) -> int:
     try:
         with _sigterm_unwinds():
             code = run()

@@ -22,7 +22,7 @@ _OTHER_VARIABLES = ("cache", "debug", "isa")  # read where they are needed; see 
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """What a setting may be. kind float takes whole numbers too."""
 
     kind: type[bool] | type[int] | type[float] | type[str]
@@ -34,7 +34,7 @@ class _Rule:
     short_flag: str = ""
 
 
-def _setting(default: Value, rule: _Rule) -> Any:
+def _setting(default: Value, rule: Rule) -> Any:
     return field(default=default, metadata={"default": default, "rule": rule})
 
 
@@ -43,53 +43,53 @@ class Settings:
     """The table. A field's name is its key in the config file, NAME in ISOTHERM_NAME and --NAME of a command."""
 
     ctx: int | None = _setting(
-        None, _Rule(int, "TOKENS", "Context length; by default the model's, cut to what memory holds.", low=1)
+        None, Rule(int, "TOKENS", "Context length; by default the model's, cut to what memory holds.", low=2)
     )
     threads: int | None = _setting(
-        None, _Rule(int, "N", "Threads; by default the physical cores this process may use.", low=1, high=1024)
+        None, Rule(int, "N", "Threads; by default the physical cores this process may use.", low=1, high=1024)
     )
     backend: str = _setting(
         "cpu",
-        _Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
+        Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
     )
     cache_gib: float = _setting(
         64.0,
-        _Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
+        Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
     )
-    offline: bool = _setting(False, _Rule(bool, "", "Never use the network."))
+    offline: bool = _setting(False, Rule(bool, "", "Never use the network."))
     max_tokens: int | None = _setting(
-        None, _Rule(int, "N", "Longest answer in tokens; by default what the context holds.", low=1, short_flag="-n")
+        None, Rule(int, "N", "Longest answer in tokens; by default what the context holds.", low=1, short_flag="-n")
     )
     temperature: float = _setting(
-        SamplingParams.temperature, _Rule(float, "T", "Randomness; 0 takes the likeliest token.", low=0.0, high=100.0)
+        SamplingParams.temperature, Rule(float, "T", "Randomness; 0 takes the likeliest token.", low=0.0, high=100.0)
     )
     top_k: int = _setting(
-        SamplingParams.top_k, _Rule(int, "K", "Choose among the K likeliest tokens; 0 is off.", low=0, high=2**31 - 1)
+        SamplingParams.top_k, Rule(int, "K", "Choose among the K likeliest tokens; 0 is off.", low=0, high=2**31 - 1)
     )
     top_p: float = _setting(
-        SamplingParams.top_p, _Rule(float, "P", "Keep the likeliest that sum up to P; 1 is off.", low=1e-6, high=1.0)
+        SamplingParams.top_p, Rule(float, "P", "Keep the likeliest that sum up to P; 1 is off.", low=1e-6, high=1.0)
     )
     min_p: float = _setting(
-        SamplingParams.min_p, _Rule(float, "P", "Drop what is below P of the likeliest; 0 is off.", low=0.0, high=1.0)
+        SamplingParams.min_p, Rule(float, "P", "Drop what is below P of the likeliest; 0 is off.", low=0.0, high=1.0)
     )
     repeat_penalty: float = _setting(
         SamplingParams.repeat_penalty,
-        _Rule(float, "X", "Divide the score of repeated tokens; 1 is off.", low=0.01, high=100.0),
+        Rule(float, "X", "Divide the score of repeated tokens; 1 is off.", low=0.01, high=100.0),
     )
     presence_penalty: float = _setting(
         SamplingParams.presence_penalty,
-        _Rule(float, "X", "Subtract from tokens that occurred; 0 is off.", low=-100.0, high=100.0),
+        Rule(float, "X", "Subtract from tokens that occurred; 0 is off.", low=-100.0, high=100.0),
     )
     frequency_penalty: float = _setting(
         SamplingParams.frequency_penalty,
-        _Rule(float, "X", "Subtract for each time a token occurred; 0 is off.", low=-100.0, high=100.0),
+        Rule(float, "X", "Subtract for each time a token occurred; 0 is off.", low=-100.0, high=100.0),
     )
     penalty_tokens: int = _setting(
         SamplingParams.penalty_tokens,
-        _Rule(int, "N", "How many last tokens the penalties see; -1: all.", low=-1, high=2**31 - 1),
+        Rule(int, "N", "How many last tokens the penalties see; -1: all.", low=-1, high=2**31 - 1),
     )
     seed: int | None = _setting(
-        None, _Rule(int, "N", "Same seed, same answer; by default a fresh one.", low=0, high=2**64 - 1)
+        None, Rule(int, "N", "Same seed, same answer; by default a fresh one.", low=0, high=2**64 - 1)
     )
 
     @property
@@ -111,7 +111,7 @@ class Setting:
 
     name: str
     default: Value
-    rule: _Rule
+    rule: Rule
 
     @property
     def flag(self) -> str:
@@ -139,7 +139,10 @@ class Setting:
         """`value`, typed. Raises OptionError for another type or a value out of range."""
         kind, low, high = self.rule.kind, self.rule.low, self.rule.high
         if kind is float and type(value) is int:
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise self._refusal(value, source) from None
         if type(value) is not kind:
             raise self._refusal(value, source)
         if isinstance(value, str):

@@ -1,6 +1,7 @@
 """`isotherm 0.1.0 (commit abc1234, avx512)`: what a bug report needs first."""
 
 import json
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +34,9 @@ def _from_source_tree(package: Path) -> str | None:
     if package.parent.name != "src" or not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", f"--short={_SHORT}", "HEAD"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, env=environment)
     except (OSError, subprocess.TimeoutExpired):  # no git here
         return None
     return run.stdout.strip() or None

@@ -63,7 +63,8 @@ class _Lowering:
 
     def _absorbed(self, value: Value, kinds: tuple[type, ...]) -> None:
         readers = self._readers[value]
-        assert readers and all(isinstance(reader, kinds) for reader in readers), f"{value} is not fused away"
+        assert readers, f"nothing reads {value}"
+        assert all(isinstance(reader, kinds) for reader in readers), f"{value} is not fused away"
 
     def _norm(self, op: ops.Norm) -> None:
         add = self._only_reader(op.out, ops.Add)

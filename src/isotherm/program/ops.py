@@ -92,7 +92,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Attention:
-    """Appends k and v to the cache, then softmax(q k scale) v, causal. `state` names the group, `slot` the layer in it."""
+    """Appends k and v to the cache, then softmax(q k scale) v, causal. `slot` is the layer's place in group `state`."""
 
     out: Value
     q: Value

@@ -10,7 +10,7 @@ from isotherm.types import TokenizerSpec
 if TYPE_CHECKING:
     from jinja2 import Template
 
-_MAX_SOURCE_CHARS = 128 * 1024
+_MAX_SOURCE_CHARS = 64 * 1024
 _MAX_OUTPUT_CHARS = 16 * 2**20
 _MAX_MESSAGE_CHARS = 500
 

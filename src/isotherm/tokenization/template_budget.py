@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may use: work and memory, counted in advance where one step could use it all.
+"""What one rendering of a chat template may use: work and memory, counted before they are used.
 
 The count does not look at a clock, so that a template that passes on one machine passes on every one, however busy.
 """
@@ -20,12 +20,15 @@ _STEPS_PER_BYTE = 4
 _BASE_BYTES = 64 * 2**20
 _BYTES_PER_BYTE = 32
 
-_VALUE_STEPS = 4
-_VALUE_BYTES = 64
+_READ_STEPS = 16  # per value
+_GLANCE_STEPS = 4
 _BYTES_PER_STEP = 16
 _MAX_INT_BITS = 1024
 
-# Values nest no deeper, so that nothing recurses into the end of the C stack.
+# The least a value takes, with its place in a list.
+VALUE_BYTES = 64
+
+# Values nest no deeper where they are compared, hashed or printed: nothing recurses into the end of the C stack.
 MAX_DEPTH = 100
 
 # str() of a value that is no text, over the bytes `read` counts: escapes, quotes, commas.
@@ -42,70 +45,71 @@ class TemplateBudget:
         """given: what the template is rendered with."""
         self._steps = sys.maxsize
         given_bytes = self.read(given)
-        given_values = given_bytes // _VALUE_BYTES
-        self._steps = _BASE_STEPS + _STEPS_PER_VALUE * given_values + _STEPS_PER_BYTE * given_bytes
+        self._steps = _BASE_STEPS + _STEPS_PER_VALUE * (given_bytes // VALUE_BYTES) + _STEPS_PER_BYTE * given_bytes
         self._bytes = _BASE_BYTES + _BYTES_PER_BYTE * given_bytes
 
     def step(self, num_steps: int) -> None:
         self._steps -= num_steps
         if self._steps < 0:
-            raise TemplateError("the chat template ran too long: it may loop without end; try another template")
+            raise TemplateError("the chat template ran too long; it may loop without end")
 
     def reserve(self, num_bytes: int) -> None:
         """Before something of that size is made."""
         if num_bytes > self._bytes:
-            raise TemplateError(
-                f"the chat template asked for too much memory ({num_bytes} bytes); try another template"
-            )
+            raise TemplateError(f"the chat template asked for too much memory ({num_bytes} bytes)")
 
-    def read(self, value: object) -> int:
-        """Pays for a walk over `value`; its size in bytes, shared parts counted as often as they would be printed."""
-        if isinstance(value, str):
-            size = sys.getsizeof(value)
-        else:
-            size = self._tree_bytes(value)
-        self.step(1 + size // _BYTES_PER_STEP)
-        return size
+    def keep_bytes(self, num_bytes: int) -> None:
+        self.reserve(num_bytes)
+        self._bytes -= num_bytes
 
     def keep(self, value: _T) -> _T:
-        """Pays for a value that has just been made."""
-        size = self.read(value)
-        self.reserve(size)
-        self._bytes -= size
+        """Pays for a value that has just been made, its parts not included but for texts."""
+        self.keep_bytes(self.glance(value))
         return value
+
+    def each(self, values: Iterable[_T]) -> Iterator[_T]:
+        """The same values, kept as they come."""
+        for value in values:
+            yield self.keep(value)
 
     def print(self, value: object) -> None:
         """Pays for `str(value)` before it is made."""
         size = self.read(value)
         self.keep_bytes(size if isinstance(value, str) else _PRINTED_BYTES_PER_BYTE * size)
 
-    def keep_bytes(self, num_bytes: int) -> None:
-        self.reserve(num_bytes)
-        self._bytes -= num_bytes
+    def glance(self, value: object) -> int:
+        """Pays for a look at `value` and its direct parts; their size in bytes."""
+        size = self._own_bytes(value)
+        for part in _parts(value):
+            self.step(_GLANCE_STEPS)
+            size += self._own_bytes(part)
+        return size
 
-    def each(self, values: Iterable[_T]) -> Iterator[_T]:
-        """The same values, paid for as they come."""
-        for value in values:
-            yield self.keep(value)
-
-    def _tree_bytes(self, value: object) -> int:
+    def read(self, value: object) -> int:
+        """Pays for a walk over all of `value`; its size in bytes, shared parts as often as they would be printed."""
+        if isinstance(value, str):
+            return self._own_bytes(value)
         size = 0
         level: list[object] = [value]
         for _ in range(MAX_DEPTH):
             below: list[object] = []
             for item in level:
-                self.step(_VALUE_STEPS)
-                size += _VALUE_BYTES
-                if isinstance(item, str):
-                    size += sys.getsizeof(item)
-                elif isinstance(item, int):
-                    check_int_bits(item.bit_length())
-                else:
-                    below += _parts(item)
+                self.step(_READ_STEPS)
+                size += self._own_bytes(item)
+                below += _parts(item)
             if not below:
                 return size
             level = below
         raise TemplateError(f"the chat template met values that nest more than {MAX_DEPTH} deep")
+
+    def _own_bytes(self, value: object) -> int:
+        if isinstance(value, str):
+            size = sys.getsizeof(value)
+            self.step(size // _BYTES_PER_STEP)
+            return VALUE_BYTES + size
+        if isinstance(value, int):
+            check_int_bits(value.bit_length())
+        return VALUE_BYTES
 
 
 def check_int_bits(num_bits: int) -> None:
@@ -113,11 +117,13 @@ def check_int_bits(num_bits: int) -> None:
         raise TemplateError(f"the chat template made a number of more than {_MAX_INT_BITS} bits")
 
 
-def _parts(item: object) -> Iterable[object]:
-    if isinstance(item, Namespace):
-        item = item._Namespace__attrs
-    if isinstance(item, Mapping):
-        return [*item.keys(), *item.values()]
-    if isinstance(item, list | tuple | set | frozenset | MappingView):
-        return item
+def _parts(value: object) -> Iterable[object]:
+    if value is None or isinstance(value, str | int | float):
+        return ()
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs
+    if isinstance(value, list | tuple | range | set | frozenset | MappingView):
+        return value
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
     return ()

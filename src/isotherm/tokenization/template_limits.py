@@ -1,17 +1,15 @@
 """Checks for what Jinja offers that makes much of little: each reserves its result in the budget, or refuses."""
 
 import string
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from isotherm.errors import TemplateError
-from isotherm.tokenization.template_budget import MAX_DEPTH, TemplateBudget, check_int_bits
+from isotherm.tokenization.template_budget import MAX_DEPTH, VALUE_BYTES, TemplateBudget, check_int_bits
 
 _MAX_INDENT = 16
 _MAX_ROUND_DIGITS = 20
 _CHAR_BYTES = 4  # of the widest character
-_OBJECT_BYTES = 64  # of a short string, with its place in a list
 _COMPARED_PER_STEP = 32
 
 # Their time grows with the length of the text times that of what is looked for.
@@ -20,29 +18,31 @@ _SEARCHES = frozenset(["count", "find", "index", "lstrip", "partition", "replace
 
 def check_operator(budget: TemplateBudget, operator: str, left: object, right: object) -> None:
     """Before `left operator right`."""
-    left_bytes, right_bytes = budget.read(left), budget.read(right)
+    left_bytes, right_bytes = budget.glance(left), budget.glance(right)
     if operator == "+":
         budget.reserve(left_bytes + right_bytes)
     elif operator == "*":
         if isinstance(left, int) and isinstance(right, int):
             check_int_bits(left.bit_length() + right.bit_length())
         elif isinstance(left, int):
-            budget.reserve(left * right_bytes)
+            budget.reserve(left * _repeated_bytes(right, right_bytes))
         elif isinstance(right, int):
-            budget.reserve(right * left_bytes)
+            budget.reserve(right * _repeated_bytes(left, left_bytes))
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
         check_int_bits(left.bit_length() * max(right, 0))
     elif operator == "%" and isinstance(left, str):
         raise TemplateError("the chat template formats text with %, which is refused")
 
 
+def _repeated_bytes(value: object, size: int) -> int:
+    return len(value) * _CHAR_BYTES if isinstance(value, str) else size
+
+
 def check_text_method(
     budget: TemplateBudget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Before `text.name(*args, **kwargs)`; join is given a list."""
-    size = sys.getsizeof(text)
-    budget.read(text)
-    budget.reserve(3 * size)  # capitals may take three times the room
+    budget.reserve(3 * budget.glance(text))  # capitals may take three times the room
     if name in _SEARCHES:
         longest = max((len(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, str)), default=1)
         budget.step(len(text) * longest // _COMPARED_PER_STEP)
@@ -72,7 +72,7 @@ def _check_split(
     budget: TemplateBudget, text: str, sep: Any = None, maxsplit: int = -1, keepends: bool = False
 ) -> None:
     num_pieces = text.count(sep) + 1 if isinstance(sep, str) and sep else len(text) // 2 + 1
-    budget.reserve(_OBJECT_BYTES * num_pieces)
+    budget.reserve(VALUE_BYTES * num_pieces)
 
 
 def _check_format(budget: TemplateBudget, text: str, values: tuple[Any, ...]) -> None:
@@ -94,7 +94,7 @@ def _check_indent(
 
 def _check_list(budget: TemplateBudget, value: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(value, str):
-        budget.reserve(_OBJECT_BYTES * len(value))
+        budget.reserve(VALUE_BYTES * len(value))
 
 
 def _check_round(budget: TemplateBudget, value: Any, precision: int = 0, method: str = "common") -> None:
@@ -118,7 +118,7 @@ def _check_tojson(
     num_chars = len(indent) if isinstance(indent, str) else indent or 0
     if num_chars > _MAX_INDENT:
         raise TemplateError(f"the chat template indents JSON by {num_chars}, which is refused")
-    budget.reserve(budget.read(x) // _OBJECT_BYTES * num_chars * MAX_DEPTH)
+    budget.reserve(budget.read(x) // VALUE_BYTES * num_chars * MAX_DEPTH)
     budget.print(x)
 
 

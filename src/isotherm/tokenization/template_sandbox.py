@@ -47,6 +47,15 @@ _FILTERS = (
     *("reverse", "round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim"),
     *("unique", "upper"),
 )
+# These look at no more of a value than its length, its kind or one of its parts.
+_QUICK_FILTERS = frozenset(("count", "d", "default", "first", "last", "length"))
+_QUICK_TESTS = frozenset(
+    "boolean callable defined even false filter float integer iterable mapping none number odd sameas sequence string "
+    "test true undefined".split()
+)
+# These look at one part after the other, for as long as they are asked.
+_LAZY_FILTERS = frozenset(("items", "list", "map", "reject", "rejectattr", "select", "selectattr"))
+
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (
         str,
@@ -60,6 +69,8 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (LoopContext, frozenset(("changed", "cycle"))),
     (Cycler, frozenset(("next", "reset"))),
 )
+# Of lists and tuples: they compare their argument with each part.
+_WALKING_METHODS = frozenset(("count", "index"))
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
@@ -71,9 +82,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag])
         plain = ImmutableSandboxedEnvironment()
         plain.filters["tojson"] = _tojson
-        self.filters = {name: _metered(plain.call_filter, name) for name in _FILTERS}
+        self.filters = {name: _metered(plain.call_filter, name, _QUICK_FILTERS) for name in _FILTERS}
         self.filters |= {_TICK: _tick, _READ: _read, _KEEP: _keep, _CONCAT: _concat, _OUTPUT: _output}
-        self.tests = {name: _metered(plain.call_test, name) for name in plain.tests}
+        self.tests = {name: _metered(plain.call_test, name, _QUICK_TESTS) for name in plain.tests}
         self.globals = {name: plain.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -89,16 +100,17 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget_of(context)
         budget.step(_CALL_STEPS)
-        given = {name: value for name, value in kwargs.items() if name not in _JINJA_KEYWORDS}
-        for value in (*args, *given.values()):
-            budget.read(value)
         method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(obj, Macro | LoopContext | Undefined):
+            return super().call(context, obj, *args, **kwargs)
         if not self._may_call(obj, owner, name):
             raise SecurityError(f"a template may not call {name or type(obj).__name__}")
+        if name == "join" and args:
+            args = (list(budget.each(args[0])), *args[1:])
+        given = {name: value for name, value in kwargs.items() if name not in _JINJA_KEYWORDS}
+        budget.read([owner, *args, *given.values()] if name in _WALKING_METHODS else [*args, *given.values()])
         if isinstance(owner, str):
-            if name == "join" and args:
-                args = (list(budget.each(args[0])), *args[1:])
             check_text_method(budget, owner, name, args, given)
         return budget.keep(super().call(context, obj, *args, **kwargs))
 
@@ -112,9 +124,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         for kind, names in _METHODS:
             if isinstance(owner, kind):
                 return name in names
-        return isinstance(obj, Macro | LoopContext | Joiner | Undefined) or any(
-            obj is known for known in self.globals.values()
-        )
+        return isinstance(obj, Joiner) or any(obj is known for known in self.globals.values())
 
 
 class _GenerationTag(Extension):
@@ -155,26 +165,41 @@ class _Metering(NodeTransformer):
         self.generic_visit(node)
         return _pay(_CONCAT, *node.nodes)
 
-    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Expr:  # noqa: N802
+    def visit_List(self, node: nodes.List) -> nodes.Expr:  # noqa: N802
         self.generic_visit(node)
         return _pay(_KEEP, node)
-
-    visit_Dict = visit_List  # noqa: N815
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:  # noqa: N802
         self.generic_visit(node)
         return _pay(_KEEP, node) if node.ctx == "load" else node
 
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        for pair in node.items:
+            pair.key = _read_first(pair.key)
+        return _pay(_KEEP, node)
+
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:  # noqa: N802
         self.generic_visit(node)
-        return _pay(_KEEP, node) if isinstance(node.arg, nodes.Slice) else node
+        if isinstance(node.arg, nodes.Slice):
+            return _pay(_KEEP, node)
+        node.arg = _read_first(node.arg)
+        return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:  # noqa: N802
         self.generic_visit(node)
-        node.expr = _pay(_READ, node.expr)
-        for operand in node.ops:
-            operand.expr = _pay(_READ, operand.expr)
+        searches = any(operand.op in ("in", "notin") for operand in node.ops)
+        # Against a constant nothing is walked that is larger than the constant.
+        if searches or not any(isinstance(side, nodes.Const) for side in (node.expr, *(o.expr for o in node.ops))):
+            node.expr = _read_first(node.expr)
+            for operand in node.ops:
+                operand.expr = _read_first(operand.expr)
         return node
+
+
+def _read_first(value: nodes.Expr) -> nodes.Expr:
+    """Before `value` is compared or hashed."""
+    return value if isinstance(value, nodes.Const) else _pay(_READ, value)
 
 
 def _pay(name: str, first: nodes.Expr, *others: nodes.Expr) -> nodes.Filter:
@@ -195,7 +220,7 @@ def _budget_of(context: Context) -> TemplateBudget:
     return budget
 
 
-def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _metered(call: Callable[..., Any], name: str, quick: frozenset[str]) -> Callable[..., Any]:
     """The filter or test of that name, behind its payments. `call`: call_filter or call_test of an environment."""
     check = FILTER_CHECKS.get(name)
 
@@ -203,10 +228,12 @@ def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget_of(context)
         budget.step(_CALL_STEPS)
+        if name in quick:
+            return call(name, value, args, kwargs, context=context)
         if name == "join":
             value = list(budget.each(value))
-        for given in (value, *args, *kwargs.values()):
-            budget.read(given)
+        (budget.glance if name in _LAZY_FILTERS else budget.read)(value)
+        budget.read([*args, *kwargs.values()])
         if check is not None:
             check(budget, value, *args, **kwargs)
         result = call(name, value, args, kwargs, context=context)

@@ -1,4 +1,4 @@
-"""The backend that is the truth: runs any Program, recorded (float32) or lowered (the contract's arithmetic), in NumPy."""
+"""The truth, in NumPy: runs any Program, recorded in float32, lowered in the arithmetic of the contract."""
 
 import time
 from collections.abc import Mapping
