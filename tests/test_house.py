@@ -1,4 +1,4 @@
-"""The rules of the house (ARCHITECTURE.md): arrows between rooms, sizes, names. An exception is a line with a reason."""
+"""The rules of the house (ARCHITECTURE.md): arrows between rooms, sizes, names. An exception has its reason by it."""
 
 import ast
 import re
@@ -277,7 +277,14 @@ def test_one_child_is_no_family() -> None:
 
 def test_no_hosts_and_no_paths_of_a_machine() -> None:
     """Registries are asked through their own clients; a path of one machine means nothing on another."""
-    hosts = ["pypi" + ".org", "python" + "hosted", "hugging" + "face.co", "hf" + ".co/", "docker" + ".io", "ghcr" + ".io"]
+    hosts = [
+        "pypi" + ".org",
+        "python" + "hosted",
+        "hugging" + "face.co",
+        "hf" + ".co/",
+        "docker" + ".io",
+        "ghcr" + ".io",
+    ]
     folders = ["/wo" + "rk/", "/ro" + "ot/", "/tmp/" + "dev", "/tmp/" + "nb/"]
     found = []
     for path in tracked_files():

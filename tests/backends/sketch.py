@@ -10,13 +10,15 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tiny_models import random_blocks
 
 from isotherm import _native
-from isotherm.backends.cpu.backend import CompiledCpu, CpuBackend, CpuLimits
+from isotherm.backends.cpu.backend import CompiledCpu, CpuBackend
+from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pack_program
 from isotherm.backends.reference.backend import CompiledReference, ReferenceBackend
 from isotherm.program import ops
@@ -103,7 +105,7 @@ class Sketch:
         self.add(ops.Embed(out, self.floats(f"input{out.index}", rows), 1.0))
         return out
 
-    def floats(self, name: str, values: F32) -> str:
+    def floats(self, name: str, values: NDArray[Any]) -> str:
         """A float32 weight; a vector where `values` has one row."""
         values = np.ascontiguousarray(np.atleast_2d(values), np.float32)
         self.tensors[name] = StoredTensor(QuantType.F32, (values.shape[0], values.shape[1]), values.view(np.uint8))

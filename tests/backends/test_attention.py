@@ -76,11 +76,11 @@ def attention(case: Case, num_rows: int) -> Finished:
     kind = StateKind.KV_WINDOW if case.window else StateKind.KV
     sketch = Sketch(StateSpec(kind, 1, case.num_kv_heads, case.head_dim, case.window))
     q, k, v = (sketch.input(rows) for rows in tables(case, num_rows))
-    norms = (None, None)
+    q_norm = k_norm = None
     if case.qk_norm:
-        norms = tuple(NormWeights(sketch.vector(name, case.head_dim), 1e-6) for name in ("q_norm", "k_norm"))
+        q_norm, k_norm = (NormWeights(sketch.vector(name, case.head_dim), 1e-6) for name in ("q_norm", "k_norm"))
     out = sketch.value(q.width)
-    sketch.add(ops.RopeAttention(out, q, k, v, *norms, case.rope, case.shape, 0, 0))
+    sketch.add(ops.RopeAttention(out, q, k, v, q_norm, k_norm, case.rope, case.shape, 0, 0))
     return sketch.finish(out)
 
 

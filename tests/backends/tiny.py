@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny_models import write_tiny
 
-from isotherm.backends.cpu.backend import CompiledCpu, CpuBackend, CpuLimits
+from isotherm.backends.cpu.backend import CompiledCpu, CpuBackend
+from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pack_program
 from isotherm.backends.reference.backend import CompiledReference, ReferenceBackend
 from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
@@ -44,10 +45,10 @@ class TinyModel:
         return ReferenceBackend(self.checkpoint.tensors).compile(program, num_pages=(num_pages,) * len(program.states))
 
     def sequence(self, num_new: int, num_cached: int, pages: Ints) -> Sequence:
-        """The same pages in every state group; those that a window has passed are freed."""
+        """`pages` in each state group in another order; those that a window has passed are freed."""
         tables = []
-        for state in self.lowered.states:
-            table = pages.copy()
+        for group, state in enumerate(self.lowered.states):
+            table = (pages[::-1] if group % 2 else pages).copy()
             if state.window is not None:
                 table[: max(0, num_cached + 1 - state.window) // PAGE_TOKENS] = FREED_PAGE
             tables.append(table)

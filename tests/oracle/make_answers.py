@@ -84,7 +84,7 @@ def _hf_values(case: OracleCase, name: str, values: F32) -> F32:
 def main() -> None:
     answers = {case.name: answer(case) for case in CASES}
     if "--check" not in sys.argv[1:]:
-        np.savez(ANSWERS, **answers)
+        np.savez(ANSWERS, **answers)  # type: ignore[arg-type]
         print(f"transformers {transformers.__version__}, torch {torch.__version__}: wrote {len(answers)} answers")
         return
     with np.load(ANSWERS) as stored:

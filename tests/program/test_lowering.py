@@ -99,8 +99,8 @@ def check(program: Program) -> Program:
     random = np.random.default_rng(1)
     tensors = {}
     for name, (rows, columns) in shapes(program).items():
-        noise = random.standard_normal((rows, columns)).astype(np.float32)
-        tensors[name] = FloatTensor(1 + noise / 4 if rows == 1 else noise / np.float32(columns) ** np.float32(0.5))
+        noise = random.standard_normal((rows, columns))
+        tensors[name] = FloatTensor((1 + noise / 4 if rows == 1 else noise / columns**0.5).astype(np.float32))
     truth = logits(program, tensors)
     assert np.abs(truth).max() > 0.1
     assert np.abs(logits(lowered, tensors) - truth).max() < FLOAT_WEIGHTS_SHARE * np.abs(truth).max()

@@ -13,12 +13,13 @@ from isotherm.errors import TemplateError
 
 _T = TypeVar("_T")
 
-# A step is about 50 ns. Both budgets grow with the input, so that a long chat is no attack.
-_BASE_STEPS = 10_000_000
+# A step is 0.05 to 0.4 us. Both budgets grow with the input, so that a long chat is no attack.
+_BASE_STEPS = 5_000_000
 _STEPS_PER_VALUE = 2000
 _STEPS_PER_BYTE = 4
 _BASE_BYTES = 64 * 2**20
 _BYTES_PER_BYTE = 32
+_MAX_BYTES = 2**30
 
 _READ_STEPS = 16  # per value
 _GLANCE_STEPS = 4
@@ -45,8 +46,10 @@ class TemplateBudget:
         """given: what the template is rendered with."""
         self._steps = sys.maxsize
         given_bytes = self.read(given)
-        self._steps = _BASE_STEPS + _STEPS_PER_VALUE * (given_bytes // VALUE_BYTES) + _STEPS_PER_BYTE * given_bytes
-        self._bytes = _BASE_BYTES + _BYTES_PER_BYTE * given_bytes
+        given_values = given_bytes // VALUE_BYTES
+        self._steps = _BASE_STEPS + _STEPS_PER_VALUE * given_values + _STEPS_PER_BYTE * given_bytes
+        # Some templates write a chat message by message into one text: quadratic, and honest.
+        self._bytes = min(_BASE_BYTES + (_BYTES_PER_BYTE + given_values // 16) * given_bytes, _MAX_BYTES)
 
     def step(self, num_steps: int) -> None:
         self._steps -= num_steps

@@ -9,11 +9,14 @@ from isotherm.tokenization.template_budget import MAX_DEPTH, VALUE_BYTES, Templa
 
 _MAX_INDENT = 16
 _MAX_ROUND_DIGITS = 20
+_MAX_ATTRIBUTE_DOTS = 3
 _CHAR_BYTES = 4  # of the widest character
 _COMPARED_PER_STEP = 32
 
 # Their time grows with the length of the text times that of what is looked for.
-_SEARCHES = frozenset(["count", "find", "index", "lstrip", "partition", "replace", "rsplit", "rstrip", "split", "strip"])
+_SEARCHES = frozenset(
+    ["count", "find", "index", "lstrip", "partition", "replace", "rsplit", "rstrip", "split", "strip"]
+)
 
 
 def check_operator(budget: TemplateBudget, operator: str, left: object, right: object) -> None:
@@ -56,10 +59,11 @@ def check_text_method(
         _check_format(budget, text, (*args, *kwargs.values()))
 
 
-def check_replace(budget: TemplateBudget, text: Any, old: str, new: str, count: int | None = None) -> None:
-    if isinstance(text, str):
-        num_places = text.count(old) if old else len(text) + 1
-        budget.reserve(_CHAR_BYTES * (len(text) + num_places * len(new)))
+def check_replace(budget: TemplateBudget, text: Any, old: Any, new: Any, count: int | None = None) -> None:
+    _check_printed(budget, text)
+    text, old, new = str(text), str(old), str(new)
+    num_places = text.count(old) if old else len(text) + 1
+    budget.reserve(_CHAR_BYTES * (len(text) + num_places * len(new)))
 
 
 def check_join(budget: TemplateBudget, value: list[Any], d: Any = "", attribute: Any = None) -> None:
@@ -92,6 +96,16 @@ def _check_indent(
         budget.reserve(_CHAR_BYTES * (len(text) + (text.count("\n") + 1) * num_chars))
 
 
+def _check_printed(budget: TemplateBudget, value: Any, *args: Any, **kwargs: Any) -> None:
+    if not isinstance(value, str):
+        budget.print(value)
+
+
+def _check_trim(budget: TemplateBudget, value: Any, chars: str | None = None) -> None:
+    _check_printed(budget, value)
+    budget.step(len(str(value)) * len(chars or "") // _COMPARED_PER_STEP)
+
+
 def _check_list(budget: TemplateBudget, value: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(value, str):
         budget.reserve(VALUE_BYTES * len(value))
@@ -116,13 +130,25 @@ def _check_tojson(
     sort_keys: bool = False,
 ) -> None:
     num_chars = len(indent) if isinstance(indent, str) else indent or 0
-    if num_chars > _MAX_INDENT:
-        raise TemplateError(f"the chat template indents JSON by {num_chars}, which is refused")
+    if num_chars > _MAX_INDENT or sum(map(len, separators or ())) > _MAX_INDENT:
+        raise TemplateError(f"the chat template spaces JSON by more than {_MAX_INDENT}, which is refused")
     budget.reserve(budget.read(x) // VALUE_BYTES * num_chars * MAX_DEPTH)
     budget.print(x)
 
 
+def check_attribute(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Filters walk down a path of attributes for each value, unpaid."""
+    place = _ATTRIBUTE_PLACES.get(name)
+    path = kwargs.get("attribute", args[place] if place is not None and place < len(args) else "")
+    if isinstance(path, str) and path.count(".") > _MAX_ATTRIBUTE_DOTS:
+        raise TemplateError(f"the chat template has a path of more than {_MAX_ATTRIBUTE_DOTS} dots, which is refused")
+
+
+# Where filters take the attribute among their positional arguments.
+_ATTRIBUTE_PLACES = {"selectattr": 0, "rejectattr": 0, "sum": 0, "join": 1, "max": 1, "min": 1, "unique": 1, "sort": 2}
+
 FILTER_CHECKS: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(("capitalize", "e", "escape", "lower", "safe", "string", "title", "upper"), _check_printed),
     "indent": _check_indent,
     "join": check_join,
     "list": _check_list,
@@ -131,4 +157,5 @@ FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "sort": _check_list,
     "sum": _check_sum,
     "tojson": _check_tojson,
+    "trim": _check_trim,
 }

@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 from isotherm.errors import TemplateError
 from isotherm.tokenization.template_budget import TemplateBudget
-from isotherm.tokenization.template_limits import FILTER_CHECKS, check_operator, check_text_method
+from isotherm.tokenization.template_limits import FILTER_CHECKS, check_attribute, check_operator, check_text_method
 
 # None of these is an identifier, so that no template can name them.
 BUDGET_KEY = "<budget>"
@@ -60,7 +60,41 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (
         str,
         frozenset(
-            ["capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
+            [
+                "capitalize",
+                "casefold",
+                "count",
+                "endswith",
+                "find",
+                "format",
+                "index",
+                "isalnum",
+                "isalpha",
+                "isascii",
+                "isdecimal",
+                "isdigit",
+                "islower",
+                "isnumeric",
+                "isspace",
+                "istitle",
+                "isupper",
+                "join",
+                "lower",
+                "lstrip",
+                "partition",
+                "removeprefix",
+                "removesuffix",
+                "replace",
+                "rsplit",
+                "rstrip",
+                "split",
+                "splitlines",
+                "startswith",
+                "strip",
+                "swapcase",
+                "title",
+                "upper",
+            ]
         ),
     ),
     (dict, frozenset(("copy", "get", "items", "keys", "values"))),
@@ -99,7 +133,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget_of(context)
-        budget.step(_CALL_STEPS)
+        budget.step(_CALL_STEPS * (1 + len(args) + len(kwargs)))
         method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(obj, Macro | LoopContext | Undefined):
@@ -234,6 +268,7 @@ def _metered(call: Callable[..., Any], name: str, quick: frozenset[str]) -> Call
             value = list(budget.each(value))
         (budget.glance if name in _LAZY_FILTERS else budget.read)(value)
         budget.read([*args, *kwargs.values()])
+        check_attribute(name, args, kwargs)
         if check is not None:
             check(budget, value, *args, **kwargs)
         result = call(name, value, args, kwargs, context=context)
@@ -274,7 +309,9 @@ def _concat(context: Context, *values: Any) -> str:
     return "".join(map(str, values))
 
 
-def _raise_exception(message: object) -> None:
+@pass_context
+def _raise_exception(context: Context, message: object) -> None:
+    _budget_of(context).print(message)
     raise JinjaError(str(message))
 
 
