@@ -24,7 +24,7 @@ from formats.attacks.raw_gguf import RawGguf
 from tiny_models import write_tiny
 
 from isotherm.errors import ModelFileError
-from isotherm.formats import open_checkpoint
+from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.types import QuantType
 
 MAX_OPEN_S = 2.0

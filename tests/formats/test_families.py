@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tiny_models import FAMILIES, add_value, byte_alphabet, write_tiny
 
 from isotherm.errors import ModelFileError, UnsupportedModel
-from isotherm.formats import Checkpoint, open_checkpoint
+from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
 from isotherm.types import ModelConfig, QuantType, Rope
 
 Array = NDArray[Any]

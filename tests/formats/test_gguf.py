@@ -11,7 +11,7 @@ import pytest
 from tiny_models import random_blocks, write_tiny
 
 from isotherm.errors import ModelFileChanged, ModelFileError, ModelNotFound
-from isotherm.formats import open_checkpoint
+from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.formats.gguf import GgufFile, open_gguf
 from isotherm.formats.gguf_tables import FILE_TYPES, TENSOR_TYPES, UNSUPPORTED_TENSOR_TYPES
 from isotherm.types import QuantType

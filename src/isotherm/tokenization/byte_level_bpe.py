@@ -39,7 +39,7 @@ class ByteLevelBpe:
         self._engine = _merge_engine(ids, spec.merges, rule)
 
     def encode(self, text: str) -> list[int]:
-        """Raises OptionError for a run of two million characters with no white space between them (or of nothing else)."""
+        """Raises OptionError for a run of two million characters without white space (or of nothing else)."""
         if len(text) > _MAX_RUN_CHARS and any(len(run[0]) > _MAX_RUN_CHARS for run in re.finditer(r"\s+|\S+", text)):
             raise OptionError(f"the text has a run of more than {_MAX_RUN_CHARS} characters without a break; split it")
         ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids

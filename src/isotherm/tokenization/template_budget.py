@@ -4,7 +4,7 @@ The count does not look at a clock, so that a template that passes on one machin
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MappingView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import TypeVar
 
 from jinja2.utils import Namespace
@@ -125,7 +125,7 @@ def _parts(value: object) -> Iterable[object]:
         return ()
     if isinstance(value, Namespace):
         value = value._Namespace__attrs
-    if isinstance(value, list | tuple | range | set | frozenset | MappingView):
+    if isinstance(value, list | tuple | range | set | frozenset | KeysView | ValuesView | ItemsView):
         return value
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]

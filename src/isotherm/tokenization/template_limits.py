@@ -53,8 +53,8 @@ def check_text_method(
         check_replace(budget, text, *args, **kwargs)
     elif name in ("split", "rsplit", "splitlines"):
         _check_split(budget, text, *args, **kwargs)
-    elif name == "join":
-        check_join(budget, *args, text)
+    elif name == "join" and args:
+        check_join(budget, args[0], text)
     elif name == "format":
         _check_format(budget, text, (*args, *kwargs.values()))
 

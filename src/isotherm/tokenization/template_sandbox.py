@@ -14,10 +14,11 @@ from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner
 from jinja2.visitor import NodeTransformer
 
@@ -41,70 +42,42 @@ _ALLOWED_NODES = (
     *(nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat),
     *(nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr),
 )
-_FILTERS = (
-    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "indent", "int"),
-    *("items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace"),
-    *("reverse", "round", "safe", "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim"),
-    *("unique", "upper"),
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILTERS = _words(
+    "abs capitalize count d default dictsort e escape first float indent int items join last length list lower map max "
+    "min reject rejectattr replace reverse round safe select selectattr sort string sum title tojson trim unique upper"
 )
 # These look at no more of a value than its length, its kind or one of its parts.
-_QUICK_FILTERS = frozenset(("count", "d", "default", "first", "last", "length"))
-_QUICK_TESTS = frozenset(
+_QUICK_FILTERS = _words("count d default first last length")
+_QUICK_TESTS = _words(
     "boolean callable defined even false filter float integer iterable mapping none number odd sameas sequence string "
-    "test true undefined".split()
+    "test true undefined"
 )
 # These look at one part after the other, for as long as they are asked.
-_LAZY_FILTERS = frozenset(("items", "list", "map", "reject", "rejectattr", "select", "selectattr"))
+_LAZY_FILTERS = _words("items list map reject rejectattr select selectattr")
 
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (
         str,
-        frozenset(
-            [
-                "capitalize",
-                "casefold",
-                "count",
-                "endswith",
-                "find",
-                "format",
-                "index",
-                "isalnum",
-                "isalpha",
-                "isascii",
-                "isdecimal",
-                "isdigit",
-                "islower",
-                "isnumeric",
-                "isspace",
-                "istitle",
-                "isupper",
-                "join",
-                "lower",
-                "lstrip",
-                "partition",
-                "removeprefix",
-                "removesuffix",
-                "replace",
-                "rsplit",
-                "rstrip",
-                "split",
-                "splitlines",
-                "startswith",
-                "strip",
-                "swapcase",
-                "title",
-                "upper",
-            ]
+        _words(
+            "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower "
+            "isnumeric isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rsplit "
+            "rstrip split splitlines startswith strip swapcase title upper"
         ),
     ),
-    (dict, frozenset(("copy", "get", "items", "keys", "values"))),
-    (list, frozenset(("copy", "count", "index"))),
-    (tuple, frozenset(("count", "index"))),
-    (LoopContext, frozenset(("changed", "cycle"))),
-    (Cycler, frozenset(("next", "reset"))),
+    (dict, _words("copy get items keys values")),
+    (list, _words("copy count index")),
+    (tuple, _words("count index")),
+    (LoopContext, _words("changed cycle")),
+    (Cycler, _words("next reset")),
 )
 # Of lists and tuples: they compare their argument with each part.
-_WALKING_METHODS = frozenset(("count", "index"))
+_WALKING_METHODS = _words("count index")
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
@@ -129,7 +102,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             if not isinstance(node, _ALLOWED_NODES):
                 raise TemplateError(f"the chat template uses {type(node).__name__} in line {node.lineno}: refused")
         _Metering().visit(tree)
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget_of(context)

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from tiny_models import write_tiny
 
 from isotherm.errors import ModelFileError, UnsupportedModel
-from isotherm.formats import open_checkpoint
+from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.formats.gguf import open_gguf
 from isotherm.types import QuantType
 
