@@ -59,8 +59,10 @@ void quantise(const float* x, const QuantRows& out, int row) {
   const int bundle = out.bundle_rows, lane = row % bundle;
   const size_t first_column = static_cast<size_t>(row - lane) * out.columns;  // of the bundle, all its rows counted
   constexpr float kTiny = 0x1p-100f;  // a block whose largest magnitude is below is all zero
+  F unsound = splat(0.0f);  // stays zero as long as every element is finite
   for (int block = 0; block < out.columns / kBlockColumns; block++) {
     const F a = load(x + block * kBlockColumns), b = load(x + block * kBlockColumns + 16);
+    unsound = unsound + (a - a) + (b - b);
     const float top = largest(max(abs(a), abs(b)));
     const bool live = top >= kTiny;
     const F inverse = splat(live ? 127.0f / top : 0.0f);
@@ -86,6 +88,9 @@ void quantise(const float* x, const QuantRows& out, int row) {
       }
     }
   }
+  if (const float not_a_number = sum(unsound); not_a_number != 0.0f)
+    for (int block = 0; block < out.columns / kBlockColumns; block++)
+      out.scales[first_column / kBlockColumns + static_cast<size_t>(block * bundle + lane)] = not_a_number;
   float* values = out.values + static_cast<size_t>(row) * out.columns;
   if (out.values)
     for (int i = 0; i < out.columns; i += 16) store(values + i, load(x + i));

@@ -19,14 +19,15 @@ CASES = [(family, quant_type) for family in FAMILIES for quant_type in QuantType
 def test_native_is_the_contract(tmp_path: Path, family: str, quant_type: QuantType) -> None:
     sizes = {} if quant_type.block_elements == 256 else SMALL
     model = make_tiny(tmp_path, family, quant_type, tied_head=quant_type is not QuantType.Q4_0, **sizes)
-    prompt, more = text_ids(18), text_ids(3, seed=1)
+    pages = np.array([3, 1], np.int32)
+    steps = (model.batch(text_ids(18), 0, pages), model.batch(text_ids(3, seed=1), 18, pages))
     reference = model.reference()
-    expected = [run(reference, model.batch(prompt)), run(reference, model.batch(more, 18))]
+    expected = [run(reference, step) for step in steps]
     for isa in ISAS:
         native = model.native(isa)
-        actual = [run(native, model.batch(prompt)), run(native, model.batch(more, 18))]
-        for step in (0, 1):
-            assert_equal(actual[step], expected[step], f"{isa}, step {step}")
-    truth = run(model.reference(lowered=False), model.batch(prompt))
+        actual = [run(native, step) for step in steps]
+        for i in (0, 1):
+            assert_equal(actual[i], expected[i], f"{isa}, step {i}")
+    truth = run(model.reference(lowered=False), steps[0])
     share = np.abs(expected[0] - truth).max() / np.abs(truth).max()
     assert share < (FLOAT_WEIGHTS_SHARE if quant_type.is_float else QUANTISED_SHARE)

@@ -223,7 +223,6 @@ def test_weights_of_any_bytes_end_a_forward(quant_type: QuantType) -> None:
         )
 
 
-@pytest.mark.xfail(strict=True, reason="quantise() of the kernels takes NaN for 0; the contract keeps it")
 def test_not_a_number_stays_one() -> None:
     """One weight that is none makes one value of the first layer none, and through it all of the second."""
     values = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float16)

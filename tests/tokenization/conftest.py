@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 _REQUIREMENT = "llama-cpp-python==0.3.36"
-_WANTED = "/vendor/llama.cpp/models/"
+_SOURCES = "/vendor/llama.cpp/"
+_CHAT_CASES = "tests/test-chat-template.cpp"
 
 
 def _fetch(folder: Path) -> str | None:
@@ -18,7 +19,10 @@ def _fetch(folder: Path) -> str | None:
     pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         run = subprocess.run(
-            [*pip, "--no-binary", ":all:", "-d", scratch, _REQUIREMENT], capture_output=True, text=True, timeout=900
+            [*pip, "--no-binary", "llama-cpp-python", "-d", scratch, _REQUIREMENT],
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
         if run.returncode != 0:
             return f"{_REQUIREMENT} could not be fetched: {run.stderr.strip()[-300:]}"
@@ -26,9 +30,9 @@ def _fetch(folder: Path) -> str | None:
         unpacked.mkdir()
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
             for member in archive:
-                name = member.name.partition(_WANTED)[2]
-                if name and member.isfile() and name.count("/") <= 1:
-                    target = unpacked / name
+                name = member.name.partition(_SOURCES)[2]
+                if member.isfile() and (name.startswith("models/") or name == _CHAT_CASES):
+                    target = unpacked / name.removeprefix("models/")
                     target.parent.mkdir(exist_ok=True)
                     content = archive.extractfile(member)
                     assert content is not None
@@ -38,10 +42,16 @@ def _fetch(folder: Path) -> str | None:
 
 
 @pytest.fixture(scope="session")
+def chat_cases(llama_models: Path) -> str:
+    """The C++ source of llama.cpp's tests of chat templates."""
+    return (llama_models / _CHAT_CASES).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
 def llama_models() -> Path:
-    """The folder with ggml-vocab-*.gguf, their .inp and .out vectors, and templates/; skips where it cannot be had."""
+    """ggml-vocab-*.gguf, their .inp and .out vectors, templates/*.jinja and the chat cases; skips without them."""
     home = Path(os.environ.get("ISOTHERM_TEST_MODELS") or Path.home() / ".cache" / "isotherm-test-models")
-    folder = home / "llama-cpp-models"
+    folder = home / "llama-cpp-0.3.36"
     home.mkdir(parents=True, exist_ok=True)
     problem = None if folder.is_dir() else _fetch(folder)
     if problem:

@@ -26,7 +26,7 @@ _MODELS: dict[str, type[ByteLevelBpe] | type[ScoreMerges]] = {"gpt2": ByteLevelB
 
 
 def build_tokenizer(spec: TokenizerSpec) -> "Tokenizer":
-    """Raises UnsupportedModel for an unknown model or pre-tokenizer, ModelFileError where lists do not fit each other."""
+    """Raises UnsupportedModel for an unknown model or pre-tokenizer, ModelFileError where its lists disagree."""
     model = _MODELS.get(spec.model)
     if model is None:
         raise UnsupportedModel(f"tokenizer model {spec.model!r} is not supported; supported: {', '.join(_MODELS)}")
