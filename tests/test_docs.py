@@ -293,4 +293,4 @@ def test_licences_and_changelog_are_complete() -> None:
     for name in project["project"]["license-files"]:
         assert (ROOT / name).is_file()
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert f"## {project['project']['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {isotherm.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

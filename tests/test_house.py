@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "facts": {"types"},
     "probe": DATA | {"_native"},
-    "formats": DATA,
+    "formats": DATA | {"_native"},  # _native: one loop over length-prefixed strings
     "tokenization": DATA,
     "quantization": DATA,
     "program": DATA | {"quantization"},

@@ -10,6 +10,7 @@ namespace nb = nanobind;
 void bind_executor(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_probe(nb::module_& m);
+void bind_strings(nb::module_& m);
 
 NB_MODULE(_native, m) {
   m.def(
@@ -23,4 +24,5 @@ NB_MODULE(_native, m) {
   bind_executor(m);
   bind_sampler(m);
   bind_probe(m);
+  bind_strings(m);
 }

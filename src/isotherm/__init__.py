@@ -4,7 +4,6 @@ with isotherm.load("smollm2") as model:
     print(model.generate("Why is the sky blue?", max_tokens=64).text)
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SamplingParams", "__version__", "load"]
 
-try:
-    __version__ = version("isotherm")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0.1.0"
+__version__ = "0.1.0"
 
 
 def load(

@@ -12,6 +12,9 @@ def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int,
 def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) -> float:
     """Operations per second of int8 dot products in registers, the best round."""
 
+def read_strings(buffer: bytes, start: int, count: int, max_bytes: int) -> tuple[list[str], int]:
+    """Length-prefixed UTF-8 strings and the offset after them; stops early before the first that is not sound."""
+
 class NormRef:
     """A norm by the index of its vector, -1 for none."""
     def __init__(self, vector: int, eps: float) -> None: ...

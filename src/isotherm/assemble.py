@@ -1,15 +1,17 @@
 """The one file that knows every room: a name becomes a TextGenerator."""
 
-import hashlib
+import gc
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from isotherm.backends.cpu.backend import CpuBackend
 from isotherm.backends.cpu.isa import choose_isa
-from isotherm.backends.cpu.limits import CpuLimits, kv_bytes, work_bytes
-from isotherm.backends.cpu.packing import pack_program, packed_entries
+from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
+from isotherm.backends.cpu.packing import open_packed, pack_in_memory, packed_entries
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine
 from isotherm.engine.kv_pages import pages_needed
@@ -23,15 +25,8 @@ from isotherm.models import FAMILIES
 from isotherm.probe import available_memory_bytes, physical_cores
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.lowering import lower
-from isotherm.quantization.packed_cache import enforce_cap, open_or_build
-from isotherm.quantization.packed_file import (
-    SUFFIX,
-    CacheUnavailable,
-    EntryKind,
-    PackedMemory,
-    PackedSink,
-    PackedWeights,
-)
+from isotherm.quantization.packed_cache import enforce_cap
+from isotherm.quantization.packed_file import SUFFIX, EntryKind, PackedWeights
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
@@ -66,8 +61,21 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     reporter = reporter or SilentReporter()
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
-    checkpoint = open_checkpoint(path)
-    return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
+    with _collector_off():
+        checkpoint = open_checkpoint(path)
+        return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Loading makes a million objects and no garbage: the collector's passes over them were a sixth of a start."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Assembly:
@@ -143,49 +151,33 @@ class _Assembly:
 
     def _fit_context(self) -> tuple[int, MemoryForecast]:
         """The context that was asked for, or the model's, cut to what memory holds: told, never silent."""
-        budget, limit = int(_MEMORY_SHARE * available_memory_bytes()), self._checkpoint.config.context_tokens
-        wanted = self._options.context_tokens
-        if wanted is not None and wanted > limit:
-            raise OptionError(f"a context of {wanted} tokens; {self._checkpoint.config.name} was made for {limit}")
-        context_tokens = wanted or limit
-        forecast = self._forecast(context_tokens)
-        while wanted is None and forecast.total_bytes > budget and context_tokens > _LEAST_CONTEXT_TOKENS:
-            context_tokens = max(_LEAST_CONTEXT_TOKENS, context_tokens // 2)
-            forecast = self._forecast(context_tokens)
-        if forecast.total_bytes > budget:
+        config, wanted = self._checkpoint.config, self._options.context_tokens
+        if wanted is not None and wanted > config.context_tokens:
+            raise OptionError(f"a context of {wanted} tokens; {config.name} was made for {config.context_tokens}")
+        budget_bytes = int(_MEMORY_SHARE * available_memory_bytes())
+        least = wanted or min(_LEAST_CONTEXT_TOKENS, config.context_tokens)
+        most = wanted or config.context_tokens
+        context_tokens, forecast = fit_context(self._forecast, least, most, budget_bytes)
+        if forecast.total_bytes > budget_bytes:
             raise InsufficientMemory(
-                f"{self._checkpoint.config.name} needs {size_text(forecast.total_bytes)} for a context of "
-                f"{context_tokens} tokens: {size_text(forecast.weights_bytes)} weights, "
-                f"{size_text(forecast.kv_bytes)} KV pages, {size_text(forecast.work_bytes)} work; "
-                f"{size_text(budget)} may be used here; take a smaller context (--ctx), quantisation or model"
+                f"{config.name} needs {size_text(forecast.total_bytes)} for a context of {context_tokens} tokens: "
+                f"{size_text(forecast.weights_bytes)} weights, {size_text(forecast.kv_bytes)} KV pages, "
+                f"{size_text(forecast.work_bytes)} work; {size_text(budget_bytes)} may be used here; take a smaller "
+                f"context (--ctx), quantisation or model"
             )
-        if context_tokens < (wanted or limit):
+        if context_tokens < most:
             self._reporter.notice(
-                f"context cut from {limit} to {context_tokens} tokens to fit {size_text(budget)} of memory; "
-                f"--ctx sets it"
+                f"context cut from {most} to {context_tokens} tokens to fit {size_text(budget_bytes)}; --ctx sets it"
             )
         return context_tokens, forecast
 
     def _packed(self) -> PackedWeights:
-        checkpoint = self._checkpoint
-
-        def build(sink: PackedSink) -> None:
-            self._reporter.notice(f"packing {checkpoint.config.name} for this engine, once")
-            pack_program(self._lowered, checkpoint.tensors, sink)
-
-        if self._options.cache_bytes > 0:
-            digest = hashlib.sha256(self._lowered.dump().encode()).hexdigest()
-            folder = cache_dir() / "packed"
-            path = folder / f"{checkpoint.path.stem}-{checkpoint.identity[:16]}{SUFFIX}"
-            try:
-                packed = open_or_build(path, f"{checkpoint.identity} {digest}", build, self._reporter.notice)
-                for evicted in enforce_cap(folder, self._options.cache_bytes, keep=path):
-                    self._reporter.notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
-                return packed
-            except CacheUnavailable as error:
-                self._reporter.notice(
-                    f"running without the cache of packed models: {error.strerror} ({error.filename})"
-                )
-        memory = PackedMemory()
-        build(memory)
-        return memory
+        checkpoint, notice = self._checkpoint, self._reporter.notice
+        folder = cache_dir() / "packed"
+        path = folder / f"{checkpoint.path.stem}-{checkpoint.identity[:16]}{SUFFIX}"
+        if self._options.cache_bytes == 0:
+            return pack_in_memory(self._lowered, checkpoint.tensors)
+        weights = open_packed(self._lowered, checkpoint.tensors, path, checkpoint.identity, notice)
+        for evicted in enforce_cap(folder, self._options.cache_bytes, keep=path):
+            notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
+        return weights

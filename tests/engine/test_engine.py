@@ -1,6 +1,5 @@
 """The engine against the plainest loop there is: the whole prefix recomputed for every token."""
 
-
 import numpy as np
 import pytest
 from tiny_models import write_tiny

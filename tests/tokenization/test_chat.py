@@ -125,10 +125,10 @@ def test_all_templates_render_as_in_plain_jinja(llama_models: Path) -> None:
 def cases_of(source: str) -> Iterator[dict[str, str]]:
     """Fields of each test case in C++: `/* .field= */ "text" "text",`, text also as U8C("…"), else one word."""
     literal = r'"(?:[^"\\]|\\.)*"'
-    field = rf"/\* \.(\w+)= \*/\s*((?:(?:U8C\()?{literal}\)?\s*)+|\S+)"
+    field = rf"/\* \.(\w+)=? \*/\s*((?:(?:U8C\()?{literal}\)?\s*)+|\S+)"
     fields: dict[str, str] = {}
     for name, value in [*re.findall(field, source), ("name", "")]:
-        if name == "name" and fields:
+        if name == "name" and "name" in fields:
             yield fields
             fields = {}
         text = "".join(part[1:-1] for part in re.findall(literal, value)) if '"' in value else value
@@ -146,7 +146,7 @@ def test_renderings_that_llama_cpp_expects(llama_models: Path, chat_cases: str) 
     messages = [{"role": "system", "content": "You are a helpful assistant"}, question, *rest]
     # where a template has no system role llama.cpp puts that message into the first question; we leave it to the caller
     folded = [{"role": "user", "content": "You are a helpful assistant\nHello"}, *rest]
-    equal = []
+    num_equal = 0
     for case in cases_of(chat_cases):
         if case.get("supported_with_jinja") == "false," or case.get("extra_conversation"):
             continue
@@ -155,10 +155,14 @@ def test_renderings_that_llama_cpp_expects(llama_models: Path, chat_cases: str) 
             source = (llama_models / source.removeprefix("models/")).read_text(encoding="utf-8")
         template = ChatTemplate(source, case.get("bos_token", ""), case.get("eos_token", ""))
         expected = case.get("expected_output_jinja") or case["expected_output"]
-        is_folded = "You are a helpful assistant\nHello" in expected and "'system'" not in source
-        equal.append((template.render(folded if is_folded else messages) == expected, case["name"]))
-    assert [name for is_equal, name in equal if not is_equal] == []
-    assert len(equal) > 20
+        try:
+            text = template.render(messages)
+        except TemplateError:
+            text = ""
+        if text != expected:
+            assert template.render(folded) == expected, case["name"]
+        num_equal += text == expected
+    assert num_equal > 20
 
 
 @pytest.fixture(scope="module")

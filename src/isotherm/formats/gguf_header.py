@@ -8,13 +8,13 @@ spell raw bytes in characters, and a lone surrogate would only fail later, far f
 
 import hashlib
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
 
+from isotherm import _native
 from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats.gguf_tables import (
     ARRAY_KIND,
@@ -48,7 +48,6 @@ DEFAULT_ALIGNMENT = 32
 _FIRST_READ_BYTES = 1 << 20
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # key length, key, kind, value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, number of dims, one dim, type, offset
-_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -149,24 +148,17 @@ class _Cursor:
             self.fail(what, f"the bytes {quoted(data[:24])}", "UTF-8 text")
 
     def strings(self, count: int, what: str) -> tuple[str, ...]:
-        """The hot loop of opening a model: a quarter of a million strings and more."""
+        """The hot loop of opening a model, a quarter of a million strings and more: native."""
         self._num_strings += count
         if self._num_strings > MAX_STRINGS:
             self.fail(what, f"{self._num_strings} strings so far", f"at most {MAX_STRINGS} in a file")
         values: list[str] = []
         while len(values) < count:
-            buffer, start = self._buffer, self.position
-            loaded = len(buffer)
-            # what stops this loop early, `string` below meets again: it loads more bytes, or says what is wrong
-            with suppress(UnicodeDecodeError):
-                while len(values) < count and start + 8 <= loaded:
-                    (length,) = _LENGTH.unpack_from(buffer, start)
-                    end = start + 8 + length
-                    if end > loaded or length > MAX_STRING_BYTES:
-                        break
-                    values.append(buffer[start + 8 : end].decode())
-                    start = end
-            self.position = start
+            # what stops this early, `string` below meets again: it loads more bytes, or says what is wrong
+            some, self.position = _native.read_strings(
+                self._buffer, self.position, count - len(values), MAX_STRING_BYTES
+            )
+            values += some
             if len(values) < count:
                 values.append(self.string(what))
         return tuple(values)

@@ -3,7 +3,8 @@
 A rule is a list of patterns in Oniguruma syntax. Each cuts the pieces its forerunner left into matches and the
 text between them. The facts (which name cuts how, and `ignore_merges`: a word that is a token is not merged) are those
 of llama.cpp, whose pieces also decide where it departs from the model's own tokenizer.json: contractions are ASCII
-only, and a class of upper case letters holds every letter but a-z.
+only, and a class of upper case letters holds every letter but a-z. Known to differ: letters that Unicode 16 added,
+which are no letters yet in llama.cpp.
 """
 
 from dataclasses import dataclass

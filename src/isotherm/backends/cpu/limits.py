@@ -1,8 +1,10 @@
 """What a Program is compiled for, and the memory that takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from isotherm.backends.cpu.buffers import plan_buffers
+from isotherm.facts import MemoryForecast
 from isotherm.program import ops
 from isotherm.program.recorder import Program
 
@@ -32,3 +34,13 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     quantised = rows * max(inputs) * 2  # a byte per code, and less than another for scales and sums
     totals = num_threads * rows * 32 * 4
     return 4 * floats + quantised + totals
+
+
+def fit_context(
+    forecast: Callable[[int], MemoryForecast], least: int, most: int, budget_bytes: int
+) -> tuple[int, MemoryForecast]:
+    """The context `most`, halved until its forecast fits, but never below `least`, whose forecast may not fit."""
+    context_tokens = most
+    while (needed := forecast(context_tokens)).total_bytes > budget_bytes and context_tokens > least:
+        context_tokens = max(least, context_tokens // 2)
+    return context_tokens, needed

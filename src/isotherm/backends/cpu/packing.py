@@ -1,6 +1,8 @@
 """Which packed entries a lowered Program needs, and how they are made from stored tensors."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,15 @@ from isotherm.program.backend import WeightTensor
 from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
-from isotherm.quantization.packed_file import EntryKind, EntrySpec, PackedSink
+from isotherm.quantization.packed_cache import open_or_build
+from isotherm.quantization.packed_file import (
+    CacheUnavailable,
+    EntryKind,
+    EntrySpec,
+    PackedMemory,
+    PackedSink,
+    PackedWeights,
+)
 from isotherm.types import QuantType
 
 _READ_BYTES = 8 << 20  # of a source tensor at once: source and packed form never stand in memory together
@@ -45,6 +55,33 @@ def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: Pa
             sink.add(spec, [vector.view(np.uint8)])
         else:
             sink.add(spec, _pieces(sources))
+
+
+def pack_in_memory(program: Program, tensors: Mapping[str, WeightTensor]) -> PackedMemory:
+    """The packed weights of a lowered Program, kept nowhere."""
+    memory = PackedMemory()
+    pack_program(program, tensors, memory)
+    return memory
+
+
+def open_packed(
+    program: Program, tensors: Mapping[str, WeightTensor], path: Path, identity: str, notify: Callable[[str], None]
+) -> PackedWeights:
+    """The packed weights of a lowered Program from the file `path`, which is made where it is missing or stale.
+
+    identity: of the source file. Where the file cannot be written, `notify` hears why, and memory is used.
+    """
+
+    def build(sink: PackedSink) -> None:
+        notify("packing the weights for this engine, once")
+        pack_program(program, tensors, sink)
+
+    key = f"{identity} {hashlib.sha256(program.dump().encode()).hexdigest()}"
+    try:
+        return open_or_build(path, key, build, notify)
+    except CacheUnavailable as error:
+        notify(f"running without the cache of packed models: {error.strerror} ({error.filename})")
+        return pack_in_memory(program, tensors)
 
 
 def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -78,13 +78,13 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
 
 def quantise(x: F32) -> tuple[F32, F32]:
     """x [tokens, K] -> codes as float32 [tokens, K padded to 64], scales [tokens, blocks]."""
-    sound = np.isfinite(x).all(axis=1)
-    blocks = _padded(np.where(sound[:, None], x, np.float32(0.0)), 64).reshape(len(x), -1, BLOCK_COLUMNS)
+    sound = np.isfinite(x).all(axis=1, keepdims=True)
+    blocks = _padded(np.where(sound, x, np.float32(0.0)), 64).reshape(len(x), -1, BLOCK_COLUMNS)
     largest = np.abs(blocks).max(axis=2)
     live = largest >= _TINY
     inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=live)
     scales = np.where(live, largest / np.float32(127.0), np.float32(0.0))
-    scales[~sound] = np.nan
+    scales = np.where(sound, scales, np.float32(np.nan))
     return np.rint(blocks * inverse[..., None]).reshape(len(x), -1), scales
 
 
