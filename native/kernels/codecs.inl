@@ -3,6 +3,7 @@
 //   kStart         which of QuantRows::starts has its zero point
 //   kHasMinimum    a float minimum is added per group
 //   kWide          codes may pass 127
+//   kStreams       read from memory once, so that it pays to prefetch
 //   chunk_bytes(columns), scale(tile, g), minimum(tile, g), pair<j>(tile, g): codes of quads 2j and 2j + 1 of group g
 namespace {
 
@@ -49,6 +50,7 @@ VEC Pair read_pair(const uint8_t* group) {
 // Q4_0, Q5_0, Q8_0: per 64 columns a line of float16 scales of two groups, then their codes.
 template <Bits kBits, int kStartIndex>
 struct Symmetric {
+  static constexpr bool kStreams = true;
   static constexpr int kGroupQuads = 8, kStart = kStartIndex;
   static constexpr bool kHasMinimum = false, kWide = kBits == Bits::kEight;
   static constexpr int kUnit = 64 + 2 * code_bytes(kBits);
@@ -64,6 +66,7 @@ struct Symmetric {
 // Q4_1, Q5_1: per 32 columns a line of float16 scales and minima, then the codes.
 template <Bits kBits>
 struct Affine {
+  static constexpr bool kStreams = true;
   static constexpr int kGroupQuads = 8, kStart = 0;
   static constexpr bool kHasMinimum = true, kWide = false;
   static constexpr int kUnit = 64 + code_bytes(kBits);
@@ -79,6 +82,7 @@ struct Affine {
 // Q4_K, Q5_K: float16 d and dmin, 6-bit scales and minima in a plane of low and a plane of high bits, codes.
 template <Bits kBits>
 struct SuperAffine {
+  static constexpr bool kStreams = true;
   static constexpr int kGroupQuads = 8, kStart = 0;
   static constexpr bool kHasMinimum = true, kWide = false;
   static constexpr int kHeader = 64 + 128 + 64;
@@ -100,6 +104,7 @@ struct SuperAffine {
 
 // Q6_K: float32 d, int8 scales of groups of 16, then per 32 columns nibbles and two lines of 2-bit planes.
 struct SuperSymmetric {
+  static constexpr bool kStreams = true;
   static constexpr int kGroupQuads = 4, kStart = kHalfBlockStart;
   static constexpr bool kHasMinimum = false, kWide = false;
   static constexpr int kHeader = 64 + 256;
@@ -128,6 +133,7 @@ using Q6_K = SuperSymmetric;
 // A chunk of one tile, unpacked once and read by many tokens: codes a byte each, scales and minima as float32.
 template <class Source>
 struct Unpacked {
+  static constexpr bool kStreams = false;
   static constexpr int kGroupQuads = Source::kGroupQuads, kStart = Source::kStart;
   static constexpr bool kHasMinimum = Source::kHasMinimum, kWide = Source::kWide;
   static constexpr int kMaxGroups = kChunkColumns / 4 / kGroupQuads;

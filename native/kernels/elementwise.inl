@@ -59,7 +59,7 @@ void quantise(const float* x, const QuantRows& out, int row) {
   const int bundle = out.bundle_rows, lane = row % bundle;
   const size_t first_column = static_cast<size_t>(row - lane) * out.columns;  // of the bundle, all its rows counted
   constexpr float kTiny = 0x1p-100f;  // a block whose largest magnitude is below is all zero
-  F unsound = splat(0.0f);  // stays zero as long as every element is finite
+  F unsound = splat(0.0f);            // stays zero as long as every element is finite
   for (int block = 0; block < out.columns / kBlockColumns; block++) {
     const F a = load(x + block * kBlockColumns), b = load(x + block * kBlockColumns + 16);
     unsound = unsound + (a - a) + (b - b);
