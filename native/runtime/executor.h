@@ -78,6 +78,8 @@ class Executor {
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, int num_rows, int thread, QuantRows& rows);
+  template <class Panel>
+  void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);
   bool attend_split(const AttentionStep& step, size_t index, int thread);
   void attend_tiles(const AttentionStep& step, size_t index, int thread);

@@ -59,6 +59,17 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   return !redundant && barrier();
 }
 
+// Few rows: a contiguous share of the panels, one stream of weights. Many: panels as they come.
+template <class Panel>
+void Executor::each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel) {
+  if (num_rows >= kDynamicRows) {
+    for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < count;) panel(i);
+  } else {
+    const Range mine = share(count, thread, pool_.num_threads());
+    for (int i = mine.first; i < mine.last; i++) panel(i);
+  }
+}
+
 bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   InputNeeds needs;
@@ -87,12 +98,7 @@ bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
       if (valid < kPanelRows) std::memcpy(out.row(r) + column, padded, sizeof(float) * static_cast<size_t>(valid));
     }
   };
-  if (num_rows >= kDynamicRows) {
-    for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < total;) panel(i);
-  } else {
-    const Range mine = share(total, thread, pool_.num_threads());
-    for (int i = mine.first; i < mine.last; i++) panel(i);
-  }
+  each_panel(total, num_rows, index, thread, panel);
   return false;
 }
 
@@ -115,12 +121,7 @@ bool Executor::run_step(const GluStep& step, size_t index, int thread) {
       std::memcpy(out.row(r) + column, y, sizeof(float) * static_cast<size_t>(valid));
     }
   };
-  if (num_rows >= kDynamicRows) {
-    for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < w.num_panels();) panel(i);
-  } else {
-    const Range mine = share(w.num_panels(), thread, pool_.num_threads());
-    for (int i = mine.first; i < mine.last; i++) panel(i);
-  }
+  each_panel(w.num_panels(), num_rows, index, thread, panel);
   return false;
 }
 

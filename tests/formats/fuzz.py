@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 from formats.attacks.mutation import mutate
 from formats.attacks.raw_gguf import RawGguf
