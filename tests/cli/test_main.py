@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny
 
+import isotherm
 from isotherm.cli import main
 from isotherm.types import QuantType
 
@@ -29,7 +30,7 @@ HEAVY = ("numpy", "rich", "jinja2", "huggingface_hub", "tokenizers", "psutil", "
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = str(Path(__file__).parents[2] / "src")
+    source = str(Path(isotherm.__file__).parents[1])  # the package that is under test, installed or not
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])))
 
 
@@ -66,6 +67,8 @@ def test_version_says_commit_and_instruction_set() -> None:
 
 def test_version_names_the_commit_of_this_source_tree() -> None:
     root = Path(__file__).parents[2]
+    if not Path(isotherm.__file__).is_relative_to(root):
+        pytest.skip("an installed package names the commit that it was built from")
     git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
     if git.returncode != 0:
         pytest.skip("not a git checkout")
@@ -134,7 +137,7 @@ def test_the_reader_may_leave(tiny: str) -> None:
         assert process.stdout.read(1)
         process.stdout.close()
         assert process.wait(TIMEOUT_S) == 141
-        assert process.stderr.read() in (b"", b"packing Tiny llama for this engine, once\n")
+        assert process.stderr.read() in (b"", b"packing the weights for this engine, once\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
