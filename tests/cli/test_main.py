@@ -61,7 +61,7 @@ def test_version_says_commit_and_instruction_set() -> None:
     ran = _run("--version")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.fullmatch(
-        r"isotherm \d+\.\d+\.\d+\S* \(commit ([0-9a-f]{7,}|unknown), (scalar|avx2|avx512)\)\n", ran.stdout
+        r"isotherm \d+\.\d+\.\d+\S* \(commit ([0-9a-f]{7,}|unknown), (scalar|avx2|avxvnni|avx512)\)\n", ran.stdout
     )
 
 
