@@ -26,6 +26,15 @@ class FloatMode {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  FloatMode() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~FloatMode() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 

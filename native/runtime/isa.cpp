@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace isotherm {
@@ -46,6 +50,25 @@ void add_tables(std::vector<const KernelTable*>& tables) {
   // F, DQ, BW, VL; VNNI
   if (has(saved, {5, 6, 7}) && has(extended.ebx, {16, 17, 30, 31}) && has(extended.ecx, {11}))
     tables.push_back(&kAvx512Table);
+}
+#elif defined(__aarch64__) && (defined(__linux__) || defined(__APPLE__))
+#if defined(__linux__)
+bool has_dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool has_mixed_signs() { return getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM
+#else
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dot_products() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_mixed_signs() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
+#endif
+
+void add_tables(std::vector<const KernelTable*>& tables) {
+  if (!has_dot_products()) return;
+  tables.push_back(&kNeonTable);
+  if (has_mixed_signs()) tables.push_back(&kNeonI8mmTable);
 }
 #else
 void add_tables(std::vector<const KernelTable*>&) {}

@@ -13,6 +13,8 @@ constexpr int kSpins = 1000;  // 25 to 50 microseconds, by what a pause takes
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");  // `yield` takes no time where a core has one thread; this takes some 10 nanoseconds
 #else
   std::this_thread::yield();
 #endif
