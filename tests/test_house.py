@@ -30,8 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "facts": {"types"},
     "probe": DATA | {"_native"},
     "formats": DATA | {"_native"},  # _native: one loop over length-prefixed strings
-    "tokenization": DATA,
-    "quantization": DATA,
+    "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
+    "quantization": DATA | {"_native"},  # _native: pages of a mapped file
     "program": DATA | {"quantization"},
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},

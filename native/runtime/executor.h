@@ -2,7 +2,6 @@
 #pragma once
 #include <atomic>
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "program.h"

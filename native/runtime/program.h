@@ -1,7 +1,6 @@
 // A lowered program as flat steps over plain data: what the executor walks. Built once, then only read.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <variant>
 #include <vector>
 

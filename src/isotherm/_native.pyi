@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 def available_isas() -> list[str]:
     """Instruction sets that this processor can run, slowest first."""
 
+def populate(data: NDArray[np.uint8]) -> bool:
+    """Maps every page of `data` [n] now; False where the system cannot."""
+
 def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int, round_s: float) -> float:
     """Bytes per second read from memory: the best round."""
 
@@ -99,6 +102,9 @@ class SamplingRules:
 class Sampler:
     """See isotherm.engine.sampling.Sampler."""
     def __init__(self, rules: SamplingRules, vocab_size: int) -> None: ...
+    @property
+    def busy_s(self) -> float:
+        """Wall time inside `sample` so far."""
     def sample(
         self, logits: NDArray[np.float32], history: NDArray[np.int32], position: int, sequence: int
     ) -> tuple[int, float, list[tuple[int, float]]] | None:

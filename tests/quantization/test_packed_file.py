@@ -123,6 +123,13 @@ def test_a_map_outlives_its_file(packed_path: Path) -> None:
     check_content(packed)
 
 
+def test_touching_a_file_that_shrank_meanwhile_is_survived(packed_path: Path) -> None:
+    packed = opened(packed_path)
+    packed.touch()
+    os.truncate(packed_path, 10)
+    packed.touch()  # a read past the end of a mapped file would kill the process
+
+
 def test_opening_marks_the_file_as_used(packed_path: Path) -> None:
     os.utime(packed_path, (1, 1))
     opened(packed_path)

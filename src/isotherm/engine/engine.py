@@ -42,7 +42,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class DecodeTiming:
-    """busy_s: the part of total_s in which the backend computed; the rest is Python's and the sampler's."""
+    """busy_s: the part of total_s in which native code computed, backend or sampler; the rest is Python's."""
 
     total_s: float
     busy_s: float
@@ -115,12 +115,13 @@ class Engine:
         self.time_prefill(max(1, depth))
         sampler = Sampler(SamplingParams(), self._vocab_size)
         history = np.ones(max(1, depth) + num_tokens, np.int32)
-        busy_s, started = self._compiled.busy_s, time.perf_counter()
+        busy_before_s, started = self._compiled.busy_s, time.perf_counter()
         token_id = 1
         for position in range(len(history) - num_tokens, len(history)):
             logits = self._next_logits([token_id])
             token_id = sampler.sample(logits, history[:position], position, 0).token_id
-        return DecodeTiming(time.perf_counter() - started, self._compiled.busy_s - busy_s)
+        total_s = time.perf_counter() - started
+        return DecodeTiming(total_s, self._compiled.busy_s - busy_before_s + sampler.busy_s)
 
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""

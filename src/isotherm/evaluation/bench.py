@@ -45,7 +45,7 @@ class Speed:
     samples: tuple[float, ...]  # tokens per second
     limit: str
     limit_share: float
-    python_share: float | None  # of the time of a decode step: what Python and the sampler take
+    python_share: float | None  # of the time of a decode step: what Python takes, beside backend and sampler
 
     @property
     def tokens_per_second(self) -> float:

@@ -27,6 +27,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from isotherm import _native
 from isotherm.quantization.layouts import F32, U8
 from isotherm.quantization.p32 import packed_bytes
 from isotherm.types import QuantType
@@ -157,7 +158,7 @@ class PackedFile:
 
     def touch(self) -> None:
         """Maps every page now: in a thread of its own it runs beside what else a start does."""
-        np.add.reduce(self._data[::4096], dtype=np.uint64)  # NumPy lets go of the interpreter meanwhile
+        _native.populate(self._data)  # where the system cannot, pages come as they are read
 
     def verify(self) -> tuple[str, ...]:
         """Names of the entries whose bytes are damaged; reads the whole file."""
