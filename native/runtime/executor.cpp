@@ -51,8 +51,7 @@ Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_th
       pool_(num_threads),
       workers_(static_cast<size_t>(num_threads)),
       counters_(program_.steps.size()) {
-  for (size_t i = 0; i < program_.steps.size(); i++)
-    if (std::holds_alternative<SelectStep>(program_.steps[i])) select_ = i;
+  while (select_ < program_.steps.size() && !std::holds_alternative<SelectStep>(program_.steps[select_])) select_++;
   measure();
 }
 

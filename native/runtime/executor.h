@@ -99,7 +99,7 @@ class Executor {
   std::vector<float> partials_;
   BatchView batch_{};
   std::vector<int> positions_;
-  size_t select_ = 0;  // index of the SelectStep
+  size_t select_ = 0;  // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
 };
