@@ -212,10 +212,8 @@ def inputs(op: Op) -> tuple[Value, ...]:
 
 def replace_inputs(op: Op, by: Mapping[Value, Value]) -> Op:
     """`op` with the values that it reads replaced where `by` names them."""
-    read = inputs(op)
-    changes = {
-        f.name: by[v] for f in fields(op) if isinstance(v := getattr(op, f.name), Value) and v in read and v in by
-    }
+    read = by.keys() & set(inputs(op))
+    changes: dict[str, Any] = {f.name: by[v] for f in fields(op) if (v := getattr(op, f.name)) in read}
     return replace(op, **changes)
 
 
