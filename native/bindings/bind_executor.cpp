@@ -96,11 +96,11 @@ class ProgramBuilder {
     return static_cast<int>(tables_.size()) - 1;
   }
 
-  int pool(int num_layers, int num_pages, int num_kv_heads, int head_dim) {
-    KvPool pool{nullptr, num_pages, num_kv_heads, head_dim};
-    pools_.push_back(std::make_shared<Arena>(pool.page_elements() * sizeof(uint16_t) * static_cast<size_t>(num_pages) *
-                                             static_cast<size_t>(num_layers)));
-    pool.data = pools_.back()->as<uint16_t>();
+  int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim) {
+    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_pages, num_kv_heads, head_dim};
+    pools_.push_back(
+        std::make_shared<Arena>(pool.page_bytes() * static_cast<size_t>(num_pages) * static_cast<size_t>(num_layers)));
+    pool.data = pools_.back()->as<uint8_t>();
     program_.pools.push_back(pool);
     return static_cast<int>(program_.pools.size()) - 1;
   }

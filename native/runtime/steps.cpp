@@ -170,8 +170,9 @@ void Executor::append_tokens(const AttentionStep& step, int thread) {
     float* k = buffers_[step.k].row(token) + kv_head * step.head_dim;
     kernels_.rope(rope, k);
     const int page = batch_.sequences[s].page_tables[step.state][position / kPageTokens];
-    kernels_.append(k, buffers_[step.v].row(token) + kv_head * step.head_dim, step.head_dim, position % kPageTokens,
-                    pool.head(step.slot, kv_head) + static_cast<size_t>(page) * pool.page_elements());
+    kernels_.append(pool.type, k, buffers_[step.v].row(token) + kv_head * step.head_dim, step.head_dim,
+                    position % kPageTokens,
+                    pool.head(step.slot, kv_head) + static_cast<size_t>(page) * pool.page_bytes());
   }
 }
 
@@ -205,8 +206,9 @@ AttendArgs Executor::tile_args(const AttentionStep& step, int task, int thread) 
           step.window,
           step.scale,
           s->page_tables[step.state],
+          pool.type,
           pool.head(step.slot, head),
-          pool.page_elements(),
+          pool.page_bytes(),
           workers_[thread].attend};
 }
 

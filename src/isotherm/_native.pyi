@@ -1,5 +1,7 @@
 """The native core: what native/bindings offers. Arrays are C-contiguous and, where not said otherwise, only read."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,30 @@ def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) ->
     """Operations per second of int8 dot products in registers, the best round."""
 
 def read_strings(buffer: bytes, start: int, count: int, max_bytes: int) -> tuple[list[str], int]:
-    """Length-prefixed UTF-8 strings and the offset after them; stops early before the first that is not sound."""
+    """Length-prefixed UTF-8 strings and the offset after them; stops early, a little before one that is not sound."""
+
+def find_unpaired(texts: Sequence[str]) -> int | None:
+    """Index of the first text that is not two pieces with a space between."""
+
+class TokenIndex:
+    """Ids of tokens by text, in the order of the list. Raises UnicodeEncodeError where a text has a lone surrogate."""
+    def __init__(self, texts: Sequence[str]) -> None: ...
+    @property
+    def num_repeats(self) -> int:
+        """Tokens whose text an earlier one has, so that `find` does not know them."""
+
+    def find(self, text: str) -> int | None: ...
+
+class MergeTable:
+    """Ranked merges of byte-level BPE. Any thread may use it."""
+    def __init__(self, tokens: TokenIndex, merges: Sequence[str], byte_texts: Sequence[str], takes_words: bool) -> None:
+        """merges: "left right", the first of two equal ones counts. byte_texts [256]: how tokens spell each byte.
+
+        takes_words: a word that is a token is not merged. Raises ValueError for a merge that cannot be.
+        """
+
+    def encode(self, words: Sequence[str]) -> list[int]:
+        """Ids of all words, one after another. A byte that is no token parts its neighbours and has no id."""
 
 class NormRef:
     """A norm by the index of its vector, -1 for none."""
@@ -52,7 +77,7 @@ class ProgramBuilder:
     def rope_table(self, table: NDArray[np.float32], /) -> int:
         """[positions, dims]; may be filled later, before a position is used."""
 
-    def pool(self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
+    def pool(self, is_q8_0: bool, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
     def embed(self, matrix: int, scale: float, out: int, /) -> None: ...
     def linear(self, x: int, norm: NormRef, projections: list[tuple[int, int, int]], residual: int, /) -> None:
         """projections: (matrix, bias vector or -1, out buffer)."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from isotherm.evaluation.bench import BenchResult, Speed
 
 
-@takes("threads", "backend", "cache_gib", "offline")
+@takes("kv", "threads", "backend", "cache_gib", "offline")
 def bench(
     settings: Settings,
     model: ModelArgument,

@@ -14,7 +14,7 @@ from isotherm.program.ops import NormWeights
 from isotherm.program.recorder import Program
 from isotherm.program.rope import rope_table
 from isotherm.quantization.packed_file import PackedWeights
-from isotherm.types import Rope
+from isotherm.types import KvType, Rope
 
 F32 = NDArray[np.float32]
 
@@ -94,7 +94,8 @@ class _Compiler:
 
     def compile(self) -> None:
         for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
-            self._builder.pool(state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
+            is_q8_0 = state.kv_type is KvType.Q8_0
+            self._builder.pool(is_q8_0, state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
         for width in self._buffers.widths:
             self._builder.buffer(width)
         for op in self._program.ops:

@@ -152,7 +152,8 @@ class CompiledReference:
                 contract.rotate(contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table)
                 for x, norm in ((q, op.q_norm), (k, op.k_norm))
             )
-            k, v = contract.to_cache(k), contract.to_cache(v)
+            kv_type = self._program.states[op.state].kv_type
+            k, v = contract.to_cache(k, kv_type), contract.to_cache(v, kv_type)
         out = np.empty_like(q)
         start = 0
         for sequence in batch.sequences:
