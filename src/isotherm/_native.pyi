@@ -17,8 +17,11 @@ def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int,
 def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) -> float:
     """Operations per second of int8 dot products in registers, the best round."""
 
-def read_strings(buffer: bytes, start: int, count: int, max_bytes: int) -> tuple[list[str], int]:
-    """Length-prefixed UTF-8 strings and the offset after them; stops early, a little before one that is not sound."""
+def read_strings(buffer: bytes, start: int, count: int, max_bytes: int, strings: list[str]) -> int:
+    """Appends length-prefixed UTF-8 strings until there are `count`; the offset after the last of them.
+
+    Stops early, a little before one that is not sound.
+    """
 
 def find_unpaired(texts: Sequence[str]) -> int | None:
     """Index of the first text that is not two pieces with a space between."""
