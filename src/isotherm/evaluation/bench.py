@@ -13,7 +13,6 @@ from isotherm.facts import DeviceFacts, ModelFacts
 from isotherm.probe import measure
 from isotherm.text import TextGenerator
 
-
 MAX_PROFILED_STEPS = 128  # of decode: what is recorded stays in memory
 
 

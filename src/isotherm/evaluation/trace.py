@@ -34,8 +34,8 @@ class TraceFile:
     def __init__(self, path: Path) -> None:
         """Raises OptionError where there can be no such file."""
         self._path = path
-        self._target = path.resolve()
-        if self._target.exists() and not self._target.is_file():
+        self._target = Path(os.path.realpath(path))
+        if os.path.exists(self._target) and not os.path.isfile(self._target):  # these two never raise
             raise OptionError(f"the trace cannot be written to {path}: that is no file")
         try:
             handle, name = tempfile.mkstemp(dir=self._target.parent, prefix=f".{self._target.name}.")

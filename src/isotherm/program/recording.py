@@ -55,7 +55,10 @@ class StepFacts:
         kv_bytes = 0
         if self.attention is not None:
             shape = self.attention
-            seen = (num_new + min(num_cached, (shape.window or num_cached + 1) - 1) for num_new, num_cached in walk.sequences)
+            seen = (
+                num_new + min(num_cached, (shape.window or num_cached + 1) - 1)
+                for num_new, num_cached in walk.sequences
+            )
             kv_bytes = sum(seen) * 2 * _KV_ELEMENT_BYTES * shape.num_kv_heads * shape.head_dim
         return self.weight_bytes + self.row_bytes * walk.num_rows + kv_bytes
 
