@@ -1,6 +1,8 @@
 """Profiles and traces: sums by hand on an invented recording, then what the native backend records of tiny models."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -102,13 +104,14 @@ def test_the_limit_is_what_takes_longer() -> None:
         return kernel_of(profile("x", [run], device, is_decode=is_decode), "glu")
 
     read = row(DEVICE, STEPS, is_decode=False)  # 3000 bytes: 3 us; 30000 operations: 0.3 us; it took 4 us
-    assert (read.limit, read.limit_share) == ("read bandwidth", pytest.approx(0.75))
-    assert (read.bytes_per_s, read.ops_per_s) == (pytest.approx(0.75e9), pytest.approx(7.5e9))
+    assert read.limit == "read bandwidth"
+    assert [read.limit_share, read.bytes_per_s, read.ops_per_s] == pytest.approx([0.75, 0.75e9, 7.5e9])
     slow = replace(DEVICE, int8_ops_per_s=10e9)
     assert row(slow, STEPS, is_decode=True).limit == "read bandwidth"  # 3 us both: reading is named
     slow = replace(DEVICE, int8_ops_per_s=9e9)
     computed = row(slow, STEPS, is_decode=False)
-    assert (computed.limit, computed.limit_share) == ("int8 rate", pytest.approx(30000 / 9e9 / 4e-6))
+    assert computed.limit == "int8 rate"
+    assert computed.limit_share == pytest.approx(30000 / 9e9 / 4e-6)
     floats = (STEPS[0], replace(STEPS[1], is_int8=False), *STEPS[2:])
     assert row(slow, floats, is_decode=True).limit == "read bandwidth"
     assert row(slow, floats, is_decode=False).limit is None
@@ -364,6 +367,16 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
     for path in (tmp_path / "nowhere" / "trace.json", tmp_path, Path("/dev/null"), tmp_path / ("x" * 300)):
         with pytest.raises(OptionError, match="the trace cannot be written to"):
             TraceFile(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with TraceFile(tmp_path / "trace.json") as file, pytest.raises(OptionError, match="No space left"):
+        file.write("tiny", [RecordedRun(12e-6, 0.0, BY_HAND)])
     assert list(tmp_path.iterdir()) == []
 
 

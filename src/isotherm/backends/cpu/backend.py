@@ -84,8 +84,8 @@ class CompiledCpu:
     def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
         capacity = num_batches * max_marks(self._program) + 1
         walks: list[Walk] = []
-        self._walks = walks
         self._executor.start_log(capacity)
+        self._walks = walks
         try:
             result = run()
         finally:
