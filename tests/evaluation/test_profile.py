@@ -166,7 +166,10 @@ def test_the_parts_are_the_whole(recording: Recording) -> None:
 )
 def test_costs_of_attention_position_by_position(sequences: list[tuple[int, int]], window: int | None) -> None:
     shape = AttentionShape(6, 2, 16, 1.0, window)
-    step, walk = StepFacts("attention", 3, attention=shape), Walk(sum(new for new, _ in sequences), tuple(sequences))
+    step, walk = (
+        StepFacts("attention", 3, attention=shape, position_bytes=7),
+        Walk(sum(new for new, _ in sequences), tuple(sequences)),
+    )
     num_pairs = num_positions = 0
     for num_new, num_cached in sequences:
         seen_of = [
@@ -176,7 +179,7 @@ def test_costs_of_attention_position_by_position(sequences: list[tuple[int, int]
         num_pairs += sum(map(len, seen_of))
         num_positions += len({p for seen in seen_of for p in seen})
     assert step.num_ops(walk) == num_pairs * 6 * 16 * 4  # a multiply-add for the score, one for the sum
-    assert step.num_bytes(walk) == num_positions * 2 * 16 * 2 * 2  # heads, columns, keys and values, bytes
+    assert step.num_bytes(walk) == num_positions * 7
     assert step.name == "layer 3 attention"
 
 
@@ -199,6 +202,18 @@ def test_costs_add_up_to_those_of_the_model(model: TextGenerator) -> None:
     embed = next(step for step in steps if step.kind == "embed")
     read = sum(step.num_bytes(one_row) for step in steps)
     assert read - embed.row_bytes == pytest.approx(model.facts.token_bytes, rel=0.02)  # norms are not counted
+
+
+@pytest.mark.parametrize(("kv", "head_bytes"), [("f16", 2 * 64), ("q8_0", 64 + 2 * 2)])
+def test_keys_and_values_cost_what_they_are_kept_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str, head_bytes: int
+) -> None:
+    monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", QuantType.Q8_0, num_kv_heads=2, head_dim=64)
+    with isotherm.load(path, threads=1, kv=kv) as generator:
+        steps = generator.record_prefill(1).recording.steps
+    attention = next(step for step in steps if step.kind == "attention")
+    assert attention.num_bytes(Walk(1, ((1, 9),))) == 10 * 2 * 2 * head_bytes  # positions, heads, keys and values
 
 
 def test_what_is_recorded(model: TextGenerator) -> None:
@@ -328,7 +343,7 @@ def test_a_trace_by_hand(tmp_path: Path) -> None:
     ]
     assert ("layer 0 glu", 2.5, 4.0) in of_first
     assert ("Python, sampler", 8.0, 1.0) in of_first
-    assert ("head of 1", 9.0, 2.0) in of_first
+    assert ("logits of 1", 9.0, 2.0) in of_first
     assert ("wait", 0.0, 0.4) in [(span["name"], span["ts"], span["dur"]) for span in spans if span["tid"] == 1]
 
 
@@ -347,9 +362,9 @@ def test_a_trace_of_a_model(model: TextGenerator, tmp_path: Path) -> None:
         file.write("tiny", result.recorded)
     _, spans = read_trace(tmp_path / "trace.json")
     names = [span["name"] for span in spans if span["tid"] == 0]
-    assert [name for name in names if "token" in name or "head of" in name] == [
-        *("512 tokens", "88 tokens", "head of 1"),
-        *(name for position in (1, 2, 3) for name in (f"token at {position}", "head of 1")),
+    assert [name for name in names if "token" in name or "logits of" in name] == [
+        *("512 tokens", "88 tokens", "logits of 1"),
+        *(name for position in (1, 2, 3) for name in (f"token at {position}", "logits of 1")),
     ]
     assert {"layer 1 glu", "layer 1 glu: norm, quantise", "layer 0 attention: rope, append", "head"} <= set(names)
 

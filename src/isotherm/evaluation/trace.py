@@ -117,7 +117,7 @@ def _lane_events(lane: Lane, thread: int, recording: Recording, start_ns: int) -
 
 def _walk_name(walk: Walk) -> str:
     if not walk.sequences:
-        return f"head of {walk.num_rows}"
+        return f"logits of {walk.num_rows}"
     if walk.num_rows == 1:
         return f"token at {walk.sequences[0][1]}"
     return f"{walk.num_rows} tokens"

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from isotherm.program.ops import AttentionShape
 
-_KV_ELEMENT_BYTES = 2  # float16
-
 MARK = np.dtype([("ns", np.int64), ("step", np.int32), ("phase", np.int32)])
 
 
@@ -24,17 +22,18 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Walk:
-    """One pass through some steps: a batch up to its hidden rows, or the head over some of them."""
+    """One pass through some steps: a batch up to where rows are selected, or from there on some of its rows."""
 
     num_rows: int
-    sequences: tuple[tuple[int, int], ...]  # num_new, num_cached; none where it is the head's
+    sequences: tuple[tuple[int, int], ...]  # num_new, num_cached; none where rows were selected
 
 
 @dataclass(frozen=True)
 class StepFacts:
     """One step of a compiled program, and what it costs.
 
-    weight_bytes are read once by a walk, row_bytes by each row; a multiply-add is two operations.
+    weight_bytes are read once by a walk, row_bytes by each row, position_bytes (keys and values) for each position that
+    attention sees; a multiply-add is two operations.
     """
 
     kind: str
@@ -45,6 +44,7 @@ class StepFacts:
     row_ops: int = 0
     is_int8: bool = False  # whether its operations are on 8-bit integers
     attention: AttentionShape | None = None
+    position_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -52,15 +52,13 @@ class StepFacts:
 
     def num_bytes(self, walk: Walk) -> int:
         """Weights, and the keys and values that any of the walk's tokens sees, each read once."""
-        kv_bytes = 0
+        num_seen = 0
         if self.attention is not None:
-            shape = self.attention
-            seen = (
-                num_new + min(num_cached, (shape.window or num_cached + 1) - 1)
-                for num_new, num_cached in walk.sequences
+            window = self.attention.window
+            num_seen = sum(
+                new + (cached if window is None else min(cached, window - 1)) for new, cached in walk.sequences
             )
-            kv_bytes = sum(seen) * 2 * _KV_ELEMENT_BYTES * shape.num_kv_heads * shape.head_dim
-        return self.weight_bytes + self.row_bytes * walk.num_rows + kv_bytes
+        return self.weight_bytes + self.row_bytes * walk.num_rows + self.position_bytes * num_seen
 
     def num_ops(self, walk: Walk) -> int:
         """Matrix products; of attention the scores and their sums, over what each token sees."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.program import ops
-from isotherm.program.recorder import Program
+from isotherm.program.recorder import PAGE_TOKENS, Program
 from isotherm.program.recording import StepFacts
 from isotherm.quantization.packed_file import EntrySpec
 
@@ -22,25 +22,20 @@ def max_marks(program: Program) -> int:
 
 def describe_steps(program: Program, entry: Callable[[str], EntrySpec]) -> tuple[StepFacts, ...]:
     """One for each op; `entry` gives a packed weight by its name."""
-    return tuple(_Description(entry).steps(program))
+    return tuple(_Description(program, entry).steps())
 
 
 class _Description:
-    def __init__(self, entry: Callable[[str], EntrySpec]) -> None:
+    def __init__(self, program: Program, entry: Callable[[str], EntrySpec]) -> None:
+        self._program = program
         self._entry = entry
         self._layer: int | None = None  # of the op before: attention and a plain sum name no weight
-        self._is_head = False
 
-    def steps(self, program: Program) -> Iterator[StepFacts]:
-        for op in program.ops:
-            if isinstance(op, ops.SelectRows):
-                self._is_head = True
-            names = _weight_names(op)
-            found = next((match for name in names if (match := _LAYER.match(name))), None)
-            if found is not None:
-                self._layer = int(found[1])
-            elif self._is_head or isinstance(op, ops.Embed):
-                self._layer = None
+    def steps(self) -> Iterator[StepFacts]:
+        for op in self._program.ops:
+            if names := _weight_names(op):
+                found = _LAYER.match(names[0])
+                self._layer = int(found[1]) if found else None
             yield self._describe(op)
 
     def _describe(self, op: ops.Op) -> StepFacts:
@@ -50,11 +45,18 @@ class _Description:
                 return StepFacts("embed", row_bytes=entry.num_bytes // entry.shape[0])
             case ops.QuantLinear():
                 names = [projection.weight for projection in op.projections]
-                return self._matmul("head" if self._is_head else _joined(names), names)
+                return self._matmul("head" if self._layer is None else _joined(names), names)
             case ops.QuantGlu():
                 return self._matmul("glu", [pair_name(op.gate, op.up)])
             case ops.RopeAttention():
-                return StepFacts("attention", self._layer, _ROPE_AND_APPEND, attention=op.shape)
+                state = self._program.states[op.state]
+                return StepFacts(
+                    "attention",
+                    self._layer,
+                    _ROPE_AND_APPEND,
+                    attention=op.shape,
+                    position_bytes=state.page_bytes // (state.num_layers * PAGE_TOKENS),
+                )
             case ops.AddNorm():
                 return StepFacts("add, norm", self._layer)
             case ops.Add():
