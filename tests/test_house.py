@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
     "text": DATA | {"tokenization", "engine"},
-    "evaluation": DATA | {"engine", "text", "probe"},
+    "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only

@@ -109,6 +109,12 @@ class Executor:
     def busy_s(self) -> float:
         """Seconds spent computing."""
 
+    def start_log(self, capacity: int) -> None:
+        """Threads write down what they do from here on, at most `capacity` marks each."""
+
+    def stop_log(self) -> list[NDArray[np.int64]]:
+        """By thread, int64 [marks, 2]: nanoseconds; step (low half) and phase. See runtime/step_log.h."""
+
 class BadLogits(AssertionError): ...
 
 class SamplingRules:
