@@ -1,9 +1,10 @@
 #include "thread_pool.h"
 
-#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "system.h"
 
 namespace isotherm {
 namespace {
@@ -46,7 +47,7 @@ bool Barrier::arrive_and_wait(const std::atomic<bool>& stop) {
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) { start(); }
 
 ThreadPool::~ThreadPool() {
-  if (owner_pid_ != getpid()) {  // the threads stayed with the parent: nothing to join
+  if (owner_pid_ != process_id()) {  // the threads stayed with the parent: nothing to join
     for (auto& thread : threads_) thread.detach();
     return;
   }
@@ -59,7 +60,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::start() {
   for (auto& thread : threads_) thread.detach();
   threads_.clear();
-  owner_pid_ = getpid();
+  owner_pid_ = process_id();
   for (int i = 1; i < num_threads_; i++) threads_.emplace_back([this, i] { work(i); });
 }
 
@@ -76,7 +77,7 @@ void ThreadPool::work(int thread) {
 }
 
 void ThreadPool::run(const std::function<void(int)>& job) {
-  if (owner_pid_ != getpid()) {
+  if (owner_pid_ != process_id()) {
     epoch_.store(0);
     start();
   }
