@@ -48,7 +48,7 @@ bool Barrier::arrive_and_wait(int thread, const std::atomic<bool>& stop) {
   arrived_groups_.store(0, std::memory_order_relaxed);
   const bool stopped = stopped_ = stop.load(std::memory_order_relaxed);
   for (Group& group : groups_) {
-    group.generation.store(generation + 1, std::memory_order_release);
+    group.generation.store(generation + 1);  // in one order with notify_all's look at who sleeps: no wake-up is lost
     group.generation.notify_all();
   }
   return stopped;
@@ -93,7 +93,7 @@ void ThreadPool::run(const std::function<void(int)>& job) {
   }
   static const std::atomic<bool> kNever{false};
   job_ = &job;
-  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.fetch_add(1);
   epoch_.notify_all();
   job(0);
   barrier_.arrive_and_wait(0, kNever);
