@@ -30,14 +30,14 @@ ARROWS: dict[str, set[str]] = {
     "facts": {"types"},
     "probe": DATA | {"_native"},
     "formats": DATA | {"_native"},  # _native: one loop over length-prefixed strings
-    "tokenization": DATA,
-    "quantization": DATA,
+    "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
+    "quantization": DATA | {"_native"},  # _native: pages of a mapped file
     "program": DATA | {"quantization"},
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
     "text": DATA | {"tokenization", "engine"},
-    "evaluation": DATA | {"engine", "text", "probe"},
+    "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only

@@ -23,6 +23,7 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Marks = nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>;
 using LogitRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool holds, const char* what) {
@@ -101,11 +102,11 @@ class ProgramBuilder {
     return static_cast<int>(tables_.size()) - 1;
   }
 
-  int pool(int num_layers, int num_pages, int num_kv_heads, int head_dim) {
-    KvPool pool{nullptr, num_pages, num_kv_heads, head_dim};
-    pools_.push_back(std::make_shared<Arena>(pool.page_elements() * sizeof(uint16_t) * static_cast<size_t>(num_pages) *
-                                             static_cast<size_t>(num_layers)));
-    pool.data = pools_.back()->as<uint16_t>();
+  int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim) {
+    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_pages, num_kv_heads, head_dim};
+    pools_.push_back(
+        std::make_shared<Arena>(pool.page_bytes() * static_cast<size_t>(num_pages) * static_cast<size_t>(num_layers)));
+    pool.data = pools_.back()->as<uint8_t>();
     program_.pools.push_back(pool);
     return static_cast<int>(program_.pools.size()) - 1;
   }
@@ -229,6 +230,26 @@ class BoundExecutor {
 
   double busy_s() const { return executor_.busy_s(); }
 
+  void start_log(int64_t capacity) {
+    require(capacity > 0, "capacity of a log");
+    executor_.start_log(static_cast<size_t>(capacity));
+  }
+
+  // By thread: int64 [marks][2], the second with step in its low half and phase in its high one.
+  std::vector<Marks> stop_log() {
+    const std::shared_ptr<StepLog> log = executor_.stop_log();
+    require(log != nullptr, "no log was started");
+    std::vector<Marks> lanes;
+    for (int thread = 0; thread < executor_.num_threads(); thread++) {
+      const std::vector<Mark>& marks = log->marks(thread);
+      static_assert(sizeof(Mark) == 2 * sizeof(int64_t));
+      const nb::capsule owner(new std::shared_ptr(log),
+                              [](void* p) noexcept { delete static_cast<std::shared_ptr<StepLog>*>(p); });
+      lanes.emplace_back(const_cast<Mark*>(marks.data()), std::initializer_list<size_t>{marks.size(), 2}, owner);
+    }
+    return lanes;
+  }
+
  private:
   struct Pool {
     int num_pages, window;
@@ -326,5 +347,7 @@ void bind_executor(nb::module_& m) {
            nb::arg("num_threads"))
       .def("run", &BoundExecutor::run)
       .def("head", &BoundExecutor::head)
-      .def_prop_ro("busy_s", &BoundExecutor::busy_s);
+      .def_prop_ro("busy_s", &BoundExecutor::busy_s)
+      .def("start_log", &BoundExecutor::start_log, nb::arg("capacity"))
+      .def("stop_log", &BoundExecutor::stop_log);
 }

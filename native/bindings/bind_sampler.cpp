@@ -58,5 +58,6 @@ void bind_sampler(nb::module_& m) {
             new (self) Sampler(rules, vocab_size);
           },
           nb::arg("rules"), nb::arg("vocab_size"))
-      .def("sample", &sample, nb::arg("logits"), nb::arg("history"), nb::arg("position"), nb::arg("sequence"));
+      .def("sample", &sample, nb::arg("logits"), nb::arg("history"), nb::arg("position"), nb::arg("sequence"))
+      .def_prop_ro("busy_s", &Sampler::busy_s);
 }

@@ -10,6 +10,7 @@ namespace {
 using namespace isotherm;
 
 constexpr float kNone = -__builtin_inff();
+constexpr int kScaleColumns = 32;  // of a head, that share a scale in a Q8_0 page
 
 struct Span {
   int first, last;  // positions [first, last)
@@ -24,40 +25,75 @@ VEC Span seen(const AttendArgs& a, int token, int block) {
   return {oldest > start ? oldest : start, position + 1 < end ? position + 1 : end};
 }
 
-VEC F load_kv(const uint16_t* p) { return load_f16(p); }
-VEC F load_kv(const float* p) { return load(p); }
+// Keys or values of one page as kernels read them: element i in the page's order, times the scale of its 32 columns
+// where there is one.
+struct Halves {
+  static constexpr bool kScaled = false;
+  const uint16_t* data;
+  VEC F at(int i) const { return load_f16(data + i); }
+};
+struct Floats {
+  static constexpr bool kScaled = false;
+  const float* data;
+  VEC F at(int i) const { return load(data + i); }
+};
+struct Codes {
+  static constexpr bool kScaled = true;
+  const int8_t* data;
+  const uint16_t* scales;  // [blocks][64]
+  VEC F at(int i) const { return load_i8(data + i); }
+  VEC F scales_of(int block, int position) const { return load_f16(scales + block * kPageTokens + position); }
+};
 
 // scores [kRows][512] of one page's positions, from position `at` of the block.
-template <int kRows, class T>
-void score_page(const T* keys, const float* const* q, int head_dim, float scale, float* scores, int at) {
+template <int kRows, class Page>
+void score_page(const Page& keys, const float* const* q, int head_dim, float scale, float* scores, int at) {
   F acc[kRows][4];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < 4; n++) acc[r][n] = splat(0.0f);
-  for (int d = 0; d < head_dim; d++) {
-    F k[4];
+  for (int first = 0; first < head_dim; first += kScaleColumns) {
+    [[maybe_unused]] F scales[4];
+    if constexpr (Page::kScaled)
+      for (int n = 0; n < 4; n++) scales[n] = keys.scales_of(first / kScaleColumns, 16 * n);
+    const int last = first + kScaleColumns < head_dim ? first + kScaleColumns : head_dim;
+    for (int d = first; d < last; d++) {
+      F k[4];
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) k[n] = load_kv(keys + d * kPageTokens + 16 * n);
+      for (int n = 0; n < 4; n++) {
+        k[n] = keys.at(d * kPageTokens + 16 * n);
+        if constexpr (Page::kScaled) k[n] = k[n] * scales[n];
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      const F x = splat(q[r][d]);
+      for (int r = 0; r < kRows; r++) {
+        const F x = splat(q[r][d]);
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; n++) acc[r][n] = fma(k[n], x, acc[r][n]);
+        for (int n = 0; n < 4; n++) acc[r][n] = fma(k[n], x, acc[r][n]);
+      }
     }
   }
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < 4; n++) store(scores + r * kAttentionBlock + at + 16 * n, acc[r][n] * splat(scale));
 }
 
-// out [kRows], 16 * kVectors columns of it, += p times the values of positions [first, last) of one page.
-template <int kRows, int kVectors, class T>
-void weigh_page(const T* values, int head_dim, const float* p, int first, int last, float* const* out) {
+// out [kRows], 16 * kVectors columns of it from `column` on, += p times the values of positions [first, last) of a
+// page.
+template <int kRows, int kVectors, class Page>
+void weigh_page(const Page& values, int head_dim, int column, const float* p, int first, int last, float* const* out) {
+  constexpr int kBlocks = kVectors > 1 ? 16 * kVectors / kScaleColumns : 1;
+  [[maybe_unused]] float scales[kBlocks][kPageTokens];
+  if constexpr (Page::kScaled)
+    for (int b = 0; b < kBlocks; b++)
+      for (int t = 0; t < kPageTokens; t += 16) store(scales[b] + t, values.scales_of(column / kScaleColumns + b, t));
   F acc[kRows][kVectors];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < kVectors; n++) acc[r][n] = load(out[r] + 16 * n);
   for (int t = first; t < last; t++) {
     F v[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; n++) v[n] = load_kv(values + t * head_dim + 16 * n);
+    for (int n = 0; n < kVectors; n++) {
+      v[n] = values.at(t * head_dim + column + 16 * n);
+      if constexpr (Page::kScaled) v[n] = v[n] * splat(scales[n * kBlocks / kVectors][t]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const F x = splat(p[r * kAttentionBlock + t]);
@@ -87,43 +123,66 @@ VEC void softmax_row(float* scores, Span span, float* best, float* total) {
 }
 
 // By number of rows, and 16 or 64 columns at a time.
-template <class T>
+template <class Page>
 struct RowKernels {
-  void (*score[kAttendRows])(const T*, const float* const*, int, float, float*, int);
-  void (*weigh[kAttendRows][2])(const T*, int, const float*, int, int, float* const*);
+  void (*score[kAttendRows])(const Page&, const float* const*, int, float, float*, int);
+  void (*weigh[kAttendRows][2])(const Page&, int, int, const float*, int, int, float* const*);
 };
 
-template <class T, int kRows>
-constexpr void fill_rows(RowKernels<T>& k) {
+template <class Page, int kRows>
+constexpr void fill_rows(RowKernels<Page>& k) {
   if constexpr (kRows > 0) {
-    fill_rows<T, kRows - 1>(k);
-    k.score[kRows - 1] = &score_page<kRows, T>;
-    k.weigh[kRows - 1][0] = &weigh_page<kRows, 1, T>;
-    k.weigh[kRows - 1][1] = &weigh_page<kRows, 4, T>;
+    fill_rows<Page, kRows - 1>(k);
+    k.score[kRows - 1] = &score_page<kRows, Page>;
+    k.weigh[kRows - 1][0] = &weigh_page<kRows, 1, Page>;
+    k.weigh[kRows - 1][1] = &weigh_page<kRows, 4, Page>;
   }
 }
 
-template <class T>
-constexpr RowKernels<T> row_kernels() {
-  RowKernels<T> k{};
-  fill_rows<T, kAttendRows>(k);
+template <class Page>
+constexpr RowKernels<Page> row_kernels() {
+  RowKernels<Page> k{};
+  fill_rows<Page, kAttendRows>(k);
   return k;
 }
 
-template <class T>
-constexpr RowKernels<T> kRowKernels = row_kernels<T>();
+template <class Page>
+constexpr RowKernels<Page> kRowKernels = row_kernels<Page>();
+
+VEC Codes codes_at(const uint8_t* half, int head_dim) {
+  return {reinterpret_cast<const int8_t*>(half + kv_scales_bytes(KvType::Q8_0, head_dim)),
+          reinterpret_cast<const uint16_t*>(half)};
+}
 
 // Keys or values of one page as the kernels want them: as they lie, or widened to float32 for tiles of many rows.
-VEC const uint16_t* widened(const uint16_t* half, int, float*, const uint16_t*) { return half; }
-VEC const float* widened(const uint16_t* half, int count, float* single, const float*) {
-  for (int i = 0; i < count; i += 16) store(single + i, load_f16(half + i));
-  return single;
+VEC void open(const AttendArgs&, const uint8_t* half, bool, float*, Halves& page) {
+  page = {reinterpret_cast<const uint16_t*>(half)};
+}
+VEC void open(const AttendArgs& a, const uint8_t* half, bool, float*, Codes& page) {
+  page = codes_at(half, a.head_dim);
+}
+void open(const AttendArgs& a, const uint8_t* half, bool is_keys, float* single, Floats& page) {
+  page = {single};
+  const int count = kPageTokens * a.head_dim;
+  if (a.kv_type == KvType::F16) {
+    for (int i = 0; i < count; i += 16) store(single + i, load_f16(half + 2 * i));
+    return;
+  }
+  const Codes codes = codes_at(half, a.head_dim);
+  for (int i = 0; i < count; i += 16) {
+    const int column = is_keys ? i / kPageTokens : i % a.head_dim;
+    const uint16_t* scales = codes.scales + column / kScaleColumns * kPageTokens;
+    float of_position[16];
+    if (!is_keys) store(of_position, load_f16(scales + (i / a.head_dim & ~15)));
+    const F scale = is_keys ? load_f16(scales + i % kPageTokens) : splat(of_position[i / a.head_dim % 16]);
+    store(single + i, codes.at(i) * scale);
+  }
 }
 
 // The rows of a tile over one block; see attend_block.
-template <class T>
+template <class Page>
 void attend_pages(const AttendArgs& a, int block, float* partials) {
-  const int rows = a.num_tokens * a.group, start = block * kAttentionBlock, page_elements = kPageTokens * a.head_dim;
+  const int rows = a.num_tokens * a.group, start = block * kAttentionBlock;
   const size_t stride = partial_floats(a.head_dim);
   float *scores = a.scratch, *single = scores + static_cast<size_t>(rows) * kAttentionBlock;
   Span all{start + kAttentionBlock, start};
@@ -136,13 +195,14 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
     return a.kv + static_cast<size_t>(a.pages[position / kPageTokens]) * a.page_stride;
   };
   for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
-    const T* keys = widened(page_at(page), page_elements, single, static_cast<const T*>(nullptr));
+    Page keys;
+    open(a, page_at(page), true, single, keys);
     for (int row = 0; row < rows; row += kAttendRows) {
       const int count = rows - row < kAttendRows ? rows - row : kAttendRows;
       const float* q[kAttendRows];
       for (int r = 0; r < count; r++)
         q[r] = a.q + (row + r) / a.group * a.token_stride + (row + r) % a.group * a.head_dim;
-      kRowKernels<T>.score[count - 1](keys, q, a.head_dim, a.scale, scores + row * kAttentionBlock, page - start);
+      kRowKernels<Page>.score[count - 1](keys, q, a.head_dim, a.scale, scores + row * kAttentionBlock, page - start);
     }
   }
   for (int r = 0; r < rows; r++) {
@@ -156,7 +216,8 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
     for (int i = span.empty() ? all.last : span.last; i < all.last; i++) p[i] = 0.0f;
   }
   for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
-    const T* values = widened(page_at(page) + page_elements, page_elements, single, static_cast<const T*>(nullptr));
+    Page values;
+    open(a, page_at(page) + kv_half_bytes(a.kv_type, a.head_dim), false, single, values);
     const int first = all.first > page ? all.first - page : 0;
     const int last = all.last - page < kPageTokens ? all.last - page : kPageTokens;
     for (int row = 0; row < rows; row += kAttendRows) {
@@ -165,7 +226,7 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
       for (int d = 0; d < a.head_dim; d += a.head_dim - d >= 64 ? 64 : 16) {
         float* out[kAttendRows];
         for (int r = 0; r < count; r++) out[r] = partials + (row + r) * stride + 4 + d;
-        kRowKernels<T>.weigh[count - 1][a.head_dim - d >= 64](values + d, a.head_dim, p, first, last, out);
+        kRowKernels<Page>.weigh[count - 1][a.head_dim - d >= 64](values, a.head_dim, d, p, first, last, out);
       }
     }
   }
@@ -174,9 +235,11 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
 // A partial [best, total, -, -, out] for every row of the tile over one block.
 void attend_block(const AttendArgs& a, int block, float* partials) {
   if (a.num_tokens * a.group > kAttendRows) {
-    attend_pages<float>(a, block, partials);
+    attend_pages<Floats>(a, block, partials);
+  } else if (a.kv_type == KvType::F16) {
+    attend_pages<Halves>(a, block, partials);
   } else {
-    attend_pages<uint16_t>(a, block, partials);
+    attend_pages<Codes>(a, block, partials);
   }
 }
 
@@ -231,15 +294,49 @@ void attend(const AttendArgs& a) {
   }
 }
 
-// float16 to nearest even, never infinite.
-void append(const float* k, const float* v, int head_dim, int slot, uint16_t* page) {
-  const F high = splat(65504.0f), low = splat(-65504.0f);
+// What a cache keeps is finite, also of what is not: p = 0 of another row must hide it.
+VEC F bounded(F x) { return min(max(x, splat(-65504.0f)), splat(65504.0f)); }
+
+// float16 to nearest even.
+void append_halves(const float* k, const float* v, int head_dim, int slot, uint16_t* page) {
   uint16_t lanes[16];
   for (int d = 0; d < head_dim; d += 16) {
-    store_f16(lanes, min(max(load(k + d), low), high));
+    store_f16(lanes, bounded(load(k + d)));
     for (int i = 0; i < 16; i++) page[(d + i) * kPageTokens + slot] = lanes[i];
-    store_f16(page + head_dim * kPageTokens + slot * head_dim + d, min(max(load(v + d), low), high));
+    store_f16(page + head_dim * kPageTokens + slot * head_dim + d, bounded(load(v + d)));
   }
+}
+
+// Codes of up to 32 columns, and the bits of their scale; columns past `count` are not read. See the contract, KV.
+VEC uint16_t quantise_head(const float* x, int count, int8_t* codes) {
+  const F a = bounded(load(x)), b = count > 16 ? bounded(load(x + 16)) : splat(0.0f);
+  uint16_t bits[16];
+  store_f16(bits, splat(largest(max(abs(a), abs(b))) / 127.0f));
+  float scale[16];
+  store(scale, load_f16(bits));
+  const F inverse = splat(scale[0] > 0.0f ? 1.0f / scale[0] : 0.0f), high = splat(127.0f), low = splat(-127.0f);
+  store_i8(codes, to_int(min(max(rint(a * inverse), low), high)));
+  store_i8(codes + 16, to_int(min(max(rint(b * inverse), low), high)));
+  return bits[0];
+}
+
+void append_codes(const float* k, const float* v, int head_dim, int slot, uint8_t* page) {
+  uint8_t* values_page = page + kv_half_bytes(KvType::Q8_0, head_dim);
+  const size_t scales_bytes = kv_scales_bytes(KvType::Q8_0, head_dim);
+  for (int d = 0; d < head_dim; d += kScaleColumns) {
+    const int count = head_dim - d < kScaleColumns ? head_dim - d : kScaleColumns;
+    const size_t at = static_cast<size_t>(d / kScaleColumns * kPageTokens + slot);
+    int8_t codes[kScaleColumns];
+    reinterpret_cast<uint16_t*>(page)[at] = quantise_head(k + d, count, codes);
+    for (int i = 0; i < count; i++) page[scales_bytes + (d + i) * kPageTokens + slot] = static_cast<uint8_t>(codes[i]);
+    reinterpret_cast<uint16_t*>(values_page)[at] = quantise_head(v + d, count, codes);
+    __builtin_memcpy(values_page + scales_bytes + slot * head_dim + d, codes, static_cast<size_t>(count));
+  }
+}
+
+void append(KvType type, const float* k, const float* v, int head_dim, int slot, uint8_t* page) {
+  if (type == KvType::F16) return append_halves(k, v, head_dim, slot, reinterpret_cast<uint16_t*>(page));
+  append_codes(k, v, head_dim, slot, page);
 }
 
 }  // namespace

@@ -20,6 +20,9 @@ enum class WeightType : int {
 // clang-format on
 constexpr int kNumWeightTypes = 26;
 
+// How a page holds keys and values: float16, or int8 codes with a float16 scale per 32 columns of a head.
+enum class KvType : int { F16, Q8_0 };
+
 enum class Activation : int { kSilu, kGeluTanh };
 
 constexpr int kBlockColumns = 32;  // columns that share an activation scale
@@ -81,10 +84,21 @@ struct AttendArgs {
   int window;          // 0: none
   float scale;
   const int32_t* pages;  // page ids by page index
-  const uint16_t* kv;    // page 0 of this layer and head
-  size_t page_stride;    // in elements
-  float* scratch;        // attend_scratch_floats(rows, head_dim)
+  KvType kv_type;
+  const uint8_t* kv;   // page 0 of this layer and head
+  size_t page_stride;  // in bytes
+  float* scratch;      // attend_scratch_floats(rows, head_dim)
 };
+
+// A page of one head is its keys, then its values. F16: keys [head_dim][64], values [64][head_dim]. Q8_0: codes in the
+// same order, after a plane of float16 scales [blocks of 32 columns][64].
+inline size_t kv_scales_bytes(KvType type, int head_dim) {
+  return type == KvType::Q8_0 ? sizeof(uint16_t) * kPageTokens * static_cast<size_t>((head_dim + 31) / 32) : 0;
+}
+inline size_t kv_half_bytes(KvType type, int head_dim) {  // keys alone, or values
+  const size_t elements = static_cast<size_t>(kPageTokens) * head_dim;
+  return kv_scales_bytes(type, head_dim) + elements * (type == KvType::Q8_0 ? 1 : sizeof(uint16_t));
+}
 
 // Partial result of one row over one block: [best, total, unused, unused][head_dim]
 inline size_t partial_floats(int head_dim) { return 4 + static_cast<size_t>(head_dim); }
@@ -110,8 +124,8 @@ struct KernelTable {
   void (*embed_row)(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out);
   // Norms and rotates one head in place.
   void (*rope)(const RopeArgs& args, float* head);
-  // Writes one token's head into its page: keys are [head_dim][64], values [64][head_dim], both float16.
-  void (*append)(const float* k, const float* v, int head_dim, int slot, uint16_t* page);
+  // Writes one token's head into position `slot` of its page.
+  void (*append)(KvType type, const float* k, const float* v, int head_dim, int slot, uint8_t* page);
   void (*attend)(const AttendArgs& args);                                    // all blocks, in order
   void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
   void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);

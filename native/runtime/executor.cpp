@@ -51,8 +51,7 @@ Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_th
       pool_(num_threads),
       workers_(static_cast<size_t>(num_threads)),
       counters_(program_.steps.size()) {
-  for (size_t i = 0; i < program_.steps.size(); i++)
-    if (std::holds_alternative<SelectStep>(program_.steps[i])) select_ = i;
+  while (select_ < program_.steps.size() && !std::holds_alternative<SelectStep>(program_.steps[select_])) select_++;
   measure();
 }
 
@@ -113,8 +112,10 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
   const auto started = std::chrono::steady_clock::now();
   stop_.store(false, std::memory_order_relaxed);
   for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+  if (log_) log_->mark(0, first, Phase::kStart, started);
   pool_.run([&](int thread) {
     const FloatMode mode;
+    if (log_ && thread > 0) log_->mark(thread, first, Phase::kStart);
     auto polled = std::chrono::steady_clock::now();
     for (size_t i = first; i < last; i++) {
       if (std::visit([&](const auto& step) { return run_step(step, i, thread); }, program_.steps[i])) break;
@@ -125,10 +126,12 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
           if (poll()) stop_.store(true, std::memory_order_relaxed);
         }
       }
-      if (barrier()) break;
+      if (barrier(i, thread, Phase::kWork)) break;
     }
   });
-  busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  const auto ended = std::chrono::steady_clock::now();
+  if (log_) log_->mark(0, last - 1, Phase::kWait, ended);
+  busy_s_ += std::chrono::duration<double>(ended - started).count();
   return !stop_.load(std::memory_order_relaxed);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "program.h"
+#include "step_log.h"
 #include "thread_pool.h"
 
 namespace isotherm {
@@ -45,6 +46,12 @@ class Executor {
   // Seconds spent computing, in all: what is left of a caller's step is the caller's own.
   double busy_s() const { return busy_s_; }
 
+  int num_threads() const { return pool_.num_threads(); }
+
+  // From here on threads write down what they do, at most `capacity` marks each.
+  void start_log(size_t capacity) { log_ = std::make_unique<StepLog>(num_threads(), capacity); }
+  std::unique_ptr<StepLog> stop_log() { return std::move(log_); }
+
  private:
   struct Buffer {
     float* data;
@@ -68,7 +75,15 @@ class Executor {
   void measure();
   bool walk(size_t first, size_t last, const std::function<bool()>& poll);
   int rows_of(size_t step) const { return step > select_ ? head_count_ : batch_.num_tokens; }
-  bool barrier() { return pool_.barrier().arrive_and_wait(stop_); }
+  // `done`: what the thread did up to here.
+  bool barrier(size_t step, int thread, Phase done) {
+    if (!log_) [[likely]]
+      return pool_.barrier().arrive_and_wait(thread, stop_);
+    log_->mark(thread, step, done);
+    const bool stopped = pool_.barrier().arrive_and_wait(thread, stop_);
+    log_->mark(thread, step, Phase::kWait);
+    return stopped;
+  }
 
   // Each gives true when the run was stopped at a barrier inside.
   bool run_step(const EmbedStep& step, size_t index, int thread);
@@ -77,7 +92,7 @@ class Executor {
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
-  bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, int num_rows, int thread, QuantRows& rows);
+  bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);
@@ -100,9 +115,10 @@ class Executor {
   std::vector<float> partials_;
   BatchView batch_{};
   std::vector<int> positions_;
-  size_t select_ = 0;  // index of the SelectStep
+  size_t select_ = 0;  // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
+  std::unique_ptr<StepLog> log_;  // null: nobody asked
 };
 
 }  // namespace isotherm

@@ -1,7 +1,6 @@
 // A lowered program as flat steps over plain data: what the executor walks. Built once, then only read.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <variant>
 #include <vector>
 
@@ -92,15 +91,16 @@ struct SelectStep {
 
 using Step = std::variant<EmbedStep, LinearStep, GluStep, AttentionStep, AddNormStep, SelectStep>;
 
-// KV pages of one state group: [layer slot][page][kv head][keys [head_dim][64], values [64][head_dim]], float16.
+// KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
 struct KvPool {
-  uint16_t* data;
+  uint8_t* data;
+  KvType type;
   int num_pages, num_kv_heads, head_dim;
 
-  size_t head_elements() const { return 2 * static_cast<size_t>(kPageTokens) * head_dim; }
-  size_t page_elements() const { return head_elements() * num_kv_heads; }
-  uint16_t* head(int slot, int head) const {
-    return data + static_cast<size_t>(slot) * num_pages * page_elements() + head * head_elements();
+  size_t head_bytes() const { return 2 * kv_half_bytes(type, head_dim); }
+  size_t page_bytes() const { return head_bytes() * num_kv_heads; }
+  uint8_t* head(int slot, int head) const {
+    return data + static_cast<size_t>(slot) * num_pages * page_bytes() + head * head_bytes();
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -9,7 +10,7 @@
 
 // A clone for wider vectors gives the same bits: each operation is rounded alone, and the lanes of a sum are fixed.
 #if defined(__x86_64__) && defined(__GLIBC__)  // whose loader chooses among clones
-#define WIDE_CLONE __attribute__((target_clones("avx2", "default")))
+#define WIDE_CLONE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE_CLONE
 #endif
@@ -68,7 +69,7 @@ WIDE_CLONE double weigh(const float* values, size_t n, float best, float scale, 
   return sum;
 }
 
-float largest(const float* values, size_t n) {
+WIDE_CLONE float largest(const float* values, size_t n) {
   float lanes[kLanes];
   std::fill(lanes, lanes + kLanes, -kInfinity);
   size_t i = 0;
@@ -76,6 +77,16 @@ float largest(const float* values, size_t n) {
     for (size_t j = 0; j < kLanes; j++) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
   for (; i < n; i++) lanes[0] = std::max(lanes[0], values[i]);
   return *std::max_element(lanes, lanes + kLanes);
+}
+
+// Whether each value is finite or -inf; copies them in the same pass.
+WIDE_CLONE bool copy_checked(const float* values, size_t n, float* __restrict copy) {
+  int unsound = 0;
+  for (size_t i = 0; i < n; i++) {
+    unsound |= !(values[i] <= kLargest);
+    copy[i] = values[i];
+  }
+  return unsound == 0;
 }
 
 bool before(Candidate a, Candidate b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
@@ -228,13 +239,16 @@ int32_t Sampler::draw(float best, uint64_t random) {
 std::optional<SampledToken> Sampler::sample(const float* logits, const int32_t* history, size_t num_history,
                                             uint64_t position, uint64_t sequence) {
   const std::lock_guard lock(busy_);
-  int unsound = 0;
-  for (int i = 0; i < vocab_size_; i++) {
-    unsound |= !(logits[i] <= kLargest);
-    values_[i] = logits[i];
-  }
+  const auto started = std::chrono::steady_clock::now();
+  const auto token = choose(logits, history, num_history, position, sequence);
+  busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return token;
+}
+
+std::optional<SampledToken> Sampler::choose(const float* logits, const int32_t* history, size_t num_history,
+                                            uint64_t position, uint64_t sequence) {
   const float peak = largest(logits, values_.size());
-  if (unsound || peak == -kInfinity) throw BadLogits();
+  if (peak == -kInfinity || !copy_checked(logits, values_.size(), values_.data())) throw BadLogits();
 
   apply_bias();
   apply_penalties(history, num_history);

@@ -50,12 +50,16 @@ class Sampler {
   Sampler(SamplingRules rules, int vocab_size);
 
   int vocab_size() const { return vocab_size_; }
+  // Wall time inside `sample` so far.
+  double busy_s() const { return busy_s_; }
 
   // logits [vocab_size]; history [num_history], ids within the vocabulary. Nothing: every token is banned.
   std::optional<SampledToken> sample(const float* logits, const int32_t* history, size_t num_history, uint64_t position,
                                      uint64_t sequence);
 
  private:
+  std::optional<SampledToken> choose(const float* logits, const int32_t* history, size_t num_history, uint64_t position,
+                                     uint64_t sequence);
   void apply_bias();
   void apply_penalties(const int32_t* history, size_t num_history);
   Candidate nucleus_end(float best);
@@ -64,7 +68,8 @@ class Sampler {
 
   const SamplingRules rules_;
   const int vocab_size_;
-  std::mutex busy_;               // guards what stands below
+  std::mutex busy_;  // guards what stands below
+  double busy_s_ = 0;
   std::vector<int32_t> counts_;   // all zero between calls
   std::vector<int32_t> touched_;  // ids with a count
   std::vector<float> weights_;

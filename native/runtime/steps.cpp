@@ -20,6 +20,9 @@ Range share(int count, int thread, int num_threads) {
 // From so many rows on a panel is long work, and threads take panels as they come.
 constexpr int kDynamicRows = 16;
 
+// Of few rows' panels, one in so many belongs to the tail.
+constexpr int kTailShare = 4;
+
 // Query rows (tokens x heads of a group) that one attention task takes: enough to share its reads of the pages.
 constexpr int kTileQueryRows = 24;
 
@@ -36,8 +39,9 @@ bool Executor::run_step(const EmbedStep& step, size_t, int thread) {
   return false;
 }
 
-bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, int num_rows, int thread,
+bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread,
                         QuantRows& rows) {
+  const int num_rows = rows_of(index);
   const bool redundant = num_rows <= kRedundantRows;
   Worker& worker = workers_[thread];
   rows = redundant ? worker.rows : shared_;
@@ -57,17 +61,24 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
     }
     kernels_.quantise(row, rows, i);
   }
-  return !redundant && barrier();
+  if (!redundant) return barrier(index, thread, Phase::kPrepare);
+  if (log_) log_->mark(thread, index, Phase::kPrepare);
+  return false;
 }
 
-// Few rows: a contiguous share of the panels, one stream of weights. Many: panels as they come.
+// Few rows: a contiguous share of the panels, one stream of weights, and a tail that is taken in small runs by who is
+// free: a slow core, or one that a neighbour holds, does less. Many: panels as they come.
 template <class Panel>
 void Executor::each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel) {
   if (num_rows >= kDynamicRows) {
     for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < count;) panel(i);
   } else {
-    const Range mine = share(count, thread, pool_.num_threads());
+    const int num_threads = pool_.num_threads(), tail = num_threads > 1 ? count / kTailShare : 0;
+    const Range mine = share(count - tail, thread, num_threads);
     for (int i = mine.first; i < mine.last; i++) panel(i);
+    const int run = std::max(1, tail / (4 * num_threads));
+    for (int i; (i = count - tail + counters_[index].next.fetch_add(run, std::memory_order_relaxed)) < count;)
+      for (int j = i; j < std::min(count, i + run); j++) panel(j);
   }
 }
 
@@ -80,7 +91,7 @@ bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
     total += p.weight.num_panels();
   }
   QuantRows x;
-  if (quantise(step.x, step.norm, step.projections[0].weight.columns, needs, num_rows, thread, x)) return true;
+  if (quantise(step.x, step.norm, step.projections[0].weight.columns, needs, index, thread, x)) return true;
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
     const Projection* p = step.projections.data();
@@ -109,7 +120,7 @@ bool Executor::run_step(const GluStep& step, size_t index, int thread) {
   InputNeeds needs;
   needs.add(w);
   QuantRows x;
-  if (quantise(step.x, step.norm, w.columns, needs, num_rows, thread, x)) return true;
+  if (quantise(step.x, step.norm, w.columns, needs, index, thread, x)) return true;
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
     kernels_.multiply_panel(
@@ -171,8 +182,9 @@ void Executor::append_tokens(const AttentionStep& step, int thread) {
     float* k = buffers_[step.k].row(token) + kv_head * step.head_dim;
     kernels_.rope(rope, k);
     const int page = batch_.sequences[s].page_tables[step.state][position / kPageTokens];
-    kernels_.append(k, buffers_[step.v].row(token) + kv_head * step.head_dim, step.head_dim, position % kPageTokens,
-                    pool.head(step.slot, kv_head) + static_cast<size_t>(page) * pool.page_elements());
+    kernels_.append(pool.type, k, buffers_[step.v].row(token) + kv_head * step.head_dim, step.head_dim,
+                    position % kPageTokens,
+                    pool.head(step.slot, kv_head) + static_cast<size_t>(page) * pool.page_bytes());
   }
 }
 
@@ -206,8 +218,9 @@ AttendArgs Executor::tile_args(const AttentionStep& step, int task, int thread) 
           step.window,
           step.scale,
           s->page_tables[step.state],
+          pool.type,
           pool.head(step.slot, head),
-          pool.page_elements(),
+          pool.page_bytes(),
           workers_[thread].attend};
 }
 
@@ -235,7 +248,7 @@ bool Executor::attend_split(const AttentionStep& step, size_t index, int thread)
     const int task = item / blocks, block = item % blocks;
     kernels_.attend_block(tile_args(step, task, thread), block, place(task, block));
   }
-  if (barrier()) return true;
+  if (barrier(index, thread, Phase::kWork)) return true;
   const Range mine = share(total, thread, pool_.num_threads());
   for (int task = mine.first; task < mine.last; task++) {
     const AttendArgs args = tile_args(step, task, thread);
@@ -249,7 +262,7 @@ bool Executor::attend_split(const AttentionStep& step, size_t index, int thread)
 
 bool Executor::run_step(const AttentionStep& step, size_t index, int thread) {
   append_tokens(step, thread);
-  if (barrier()) return true;
+  if (barrier(index, thread, Phase::kPrepare)) return true;
   if (should_split(step)) return attend_split(step, index, thread);
   attend_tiles(step, index, thread);
   return false;

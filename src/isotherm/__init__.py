@@ -26,6 +26,7 @@ def load(
     backend: str = "cpu",
     cache_bytes: int | None = None,
     offline: bool = False,
+    kv: str = "f16",
     reporter: "FetchReporter | None" = None,
 ) -> "TextGenerator":
     """A model ready to answer, a context manager.
@@ -33,13 +34,19 @@ def load(
     name_or_path: a GGUF file, an alias such as "smollm2", or "org/repo[:QUANT]" on the hub.
     context_tokens: None for the model's own, cut to what memory holds. threads: None for the physical cores that this
     process may use. backend: "cpu", or "reference": float32 in NumPy, slow and the truth. cache_bytes: how much of
-    the disk packed models may take, 0 for none. offline: nothing is fetched. reporter hears what is fetched or cut.
+    the disk packed models may take, 0 for none. offline: nothing is fetched. kv: keys and values as "f16",
+    or as "q8_0", which takes half the memory. reporter hears what is fetched or cut.
     Raises ModelNotFound, DownloadError, ModelFileError, UnsupportedModel, InsufficientMemory, OptionError,
     UnsupportedCpu.
     """
     from isotherm import assemble  # heavy: a bare import of the package stays quick
 
     options = assemble.LoadOptions(
-        context_tokens, threads, backend, assemble.DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes, offline
+        context_tokens,
+        threads,
+        backend,
+        assemble.DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes,
+        offline,
+        kv,
     )
     return assemble.load(name_or_path, options, reporter)

@@ -1,10 +1,15 @@
 """The native core: what native/bindings offers. Arrays are C-contiguous and, where not said otherwise, only read."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 def available_isas() -> list[str]:
     """Instruction sets that this processor can run, slowest first."""
+
+def populate(data: NDArray[np.uint8]) -> bool:
+    """Maps every page of `data` [n] now; False where the system cannot."""
 
 def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int, round_s: float) -> float:
     """Bytes per second read from memory: the best round."""
@@ -12,8 +17,34 @@ def measure_read(isa: str, num_threads: int, buffer_bytes: int, num_rounds: int,
 def measure_int8(isa: str, num_threads: int, num_rounds: int, round_s: float) -> float:
     """Operations per second of int8 dot products in registers, the best round."""
 
-def read_strings(buffer: bytes, start: int, count: int, max_bytes: int) -> tuple[list[str], int]:
-    """Length-prefixed UTF-8 strings and the offset after them; stops early before the first that is not sound."""
+def read_strings(buffer: bytes, start: int, count: int, max_bytes: int, strings: list[str]) -> int:
+    """Appends length-prefixed UTF-8 strings until there are `count`; the offset after the last of them.
+
+    Stops early, a little before one that is not sound.
+    """
+
+def find_unpaired(texts: Sequence[str]) -> int | None:
+    """Index of the first text that is not two pieces with a space between."""
+
+class TokenIndex:
+    """Ids of tokens by text, in the order of the list. Raises UnicodeEncodeError where a text has a lone surrogate."""
+    def __init__(self, texts: Sequence[str]) -> None: ...
+    @property
+    def num_repeats(self) -> int:
+        """Tokens whose text an earlier one has, so that `find` does not know them."""
+
+    def find(self, text: str) -> int | None: ...
+
+class MergeTable:
+    """Ranked merges of byte-level BPE. Any thread may use it."""
+    def __init__(self, tokens: TokenIndex, merges: Sequence[str], byte_texts: Sequence[str], takes_words: bool) -> None:
+        """merges: "left right", the first of two equal ones counts. byte_texts [256]: how tokens spell each byte.
+
+        takes_words: a word that is a token is not merged. Raises ValueError for a merge that cannot be.
+        """
+
+    def encode(self, words: Sequence[str]) -> list[int]:
+        """Ids of all words, one after another. A byte that is no token parts its neighbours and has no id."""
 
 class NormRef:
     """A norm by the index of its vector, -1 for none."""
@@ -49,7 +80,7 @@ class ProgramBuilder:
     def rope_table(self, table: NDArray[np.float32], /) -> int:
         """[positions, dims]; may be filled later, before a position is used."""
 
-    def pool(self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
+    def pool(self, is_q8_0: bool, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
     def embed(self, matrix: int, scale: float, out: int, /) -> None: ...
     def linear(self, x: int, norm: NormRef, projections: list[tuple[int, int, int]], residual: int, /) -> None:
         """projections: (matrix, bias vector or -1, out buffer)."""
@@ -78,6 +109,12 @@ class Executor:
     def busy_s(self) -> float:
         """Seconds spent computing."""
 
+    def start_log(self, capacity: int) -> None:
+        """Threads write down what they do from here on, at most `capacity` marks each."""
+
+    def stop_log(self) -> list[NDArray[np.int64]]:
+        """By thread, int64 [marks, 2]: nanoseconds; step (low half) and phase. See runtime/step_log.h."""
+
 class BadLogits(AssertionError): ...
 
 class SamplingRules:
@@ -99,6 +136,9 @@ class SamplingRules:
 class Sampler:
     """See isotherm.engine.sampling.Sampler."""
     def __init__(self, rules: SamplingRules, vocab_size: int) -> None: ...
+    @property
+    def busy_s(self) -> float:
+        """Wall time inside `sample` so far."""
     def sample(
         self, logits: NDArray[np.float32], history: NDArray[np.int32], position: int, sequence: int
     ) -> tuple[int, float, list[tuple[int, float]]] | None:

@@ -30,8 +30,10 @@ from isotherm.quantization.packed_file import SUFFIX, EntryKind, PackedWeights
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
+from isotherm.types import KvType
 
 BACKENDS = ("cpu", "reference")
+KV_TYPES = tuple(kv_type.value for kv_type in KvType)
 DEFAULT_CACHE_BYTES = 64 << 30  # of packed models, the least recently used go first
 
 _BATCH_TOKENS = 512
@@ -46,10 +48,15 @@ class LoadOptions:
     backend: str = "cpu"
     cache_bytes: int = DEFAULT_CACHE_BYTES
     offline: bool = False
+    kv: str = KvType.F16.value
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise OptionError(f"backend {self.backend!r}; known: {', '.join(BACKENDS)}")
+        if self.kv not in KV_TYPES:
+            raise OptionError(f"kv {self.kv!r}; known: {', '.join(KV_TYPES)}")
+        if self.backend == "reference" and self.kv != KvType.F16.value:
+            raise OptionError(f"kv {self.kv!r}: the reference backend keeps keys and values in float32; leave it out")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise OptionError(f"threads is {self.threads}; it must be from 1 to 1024")
         if self.context_tokens is not None and self.context_tokens < 2:
@@ -86,7 +93,7 @@ class _Assembly:
         self._options = options
         self._reporter = reporter
         self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
-        self._lowered = lower(self._program)
+        self._lowered = lower(self._program).keeping(KvType(options.kv))
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
         self._entries = [spec for spec, _ in packed_entries(self._lowered, checkpoint.tensors)]

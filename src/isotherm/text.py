@@ -9,7 +9,7 @@ from typing import Any, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.engine.engine import DecodeTiming, Engine, Request, RunFacts
+from isotherm.engine.engine import DecodeTiming, Engine, RecordedRun, Request, RunFacts
 from isotherm.engine.sampling import SampledToken
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
@@ -186,6 +186,16 @@ class TextGenerator:
         """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
         with self._turn() as engine:
             return engine.time_decode(num_tokens, depth)
+
+    def record_prefill(self, num_tokens: int) -> RecordedRun:
+        """`prefill_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
+        with self._turn() as engine:
+            return engine.record_prefill(num_tokens)
+
+    def record_decode(self, num_tokens: int, *, depth: int = 0) -> RecordedRun:
+        """`decode_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
+        with self._turn() as engine:
+            return engine.record_decode(num_tokens, depth)
 
     def close(self) -> None:
         """Gives memory and threads back. A running answer ends first."""

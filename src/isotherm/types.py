@@ -4,6 +4,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+class KvType(Enum):
+    """How keys and values are kept: float16, or int8 with a float16 scale per 32 columns of a head."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
 class QuantType(Enum):
     """How a weight tensor is stored; the value is the name GGUF gives the type."""
 

@@ -12,7 +12,7 @@ from isotherm.program.batch import FREED_PAGE, Batch, Sequence
 from isotherm.program.ops import AttentionShape, NormWeights
 from isotherm.program.recorder import PAGE_TOKENS, StateKind, StateSpec
 from isotherm.program.rope import rope_table
-from isotherm.types import Rope
+from isotherm.types import KvType, Rope
 
 LONG = 1100  # positions: past the second border of attention blocks
 
@@ -25,6 +25,7 @@ class Case:
     rope_dims: int
     window: int | None = None
     qk_norm: bool = False
+    kv_type: KvType = KvType.F16
 
     @property
     def shape(self) -> AttentionShape:
@@ -36,7 +37,8 @@ class Case:
 
     def __str__(self) -> str:
         norm = "-norm" if self.qk_norm else ""
-        return f"{self.num_heads}x{self.num_kv_heads}x{self.head_dim}-rope{self.rope_dims}-window{self.window}{norm}"
+        heads = f"{self.num_heads}x{self.num_kv_heads}x{self.head_dim}"
+        return f"{heads}-rope{self.rope_dims}-window{self.window}{norm}-{self.kv_type.name}"
 
 
 CASES = [
@@ -50,6 +52,11 @@ CASES = [
     Case(3, 1, 48, 22, window=16, qk_norm=True),  # rope halves of 11
     Case(2, 1, 112, 2, qk_norm=True),
     Case(4, 1, 256, 256, window=16, qk_norm=True),
+    Case(4, 2, 64, 64, kv_type=KvType.Q8_0),
+    Case(1, 1, 16, 16, kv_type=KvType.Q8_0),  # half a block of columns
+    Case(30, 1, 48, 16, kv_type=KvType.Q8_0),
+    Case(2, 2, 80, 80, window=7, kv_type=KvType.Q8_0),
+    Case(6, 1, 128, 128, window=16, qk_norm=True, kv_type=KvType.Q8_0),
 ]
 LONG_CASES = [
     Case(2, 1, 64, 64),
@@ -57,6 +64,8 @@ LONG_CASES = [
     Case(2, 1, 32, 32, window=100),
     Case(2, 2, 16, 16, window=513),
     Case(4, 2, 16, 8, window=600),
+    Case(2, 1, 64, 64, kv_type=KvType.Q8_0),
+    Case(3, 3, 48, 16, window=513, kv_type=KvType.Q8_0),
 ]
 
 
@@ -74,7 +83,7 @@ def tables(case: Case, num_rows: int) -> tuple[F32, F32, F32]:
 def attention(case: Case, num_rows: int) -> Finished:
     """Token id i has row i of `tables` as its q, k and v; logits are what attention gives."""
     kind = StateKind.KV_WINDOW if case.window else StateKind.KV
-    sketch = Sketch(StateSpec(kind, 1, case.num_kv_heads, case.head_dim, case.window))
+    sketch = Sketch(StateSpec(kind, 1, case.num_kv_heads, case.head_dim, case.window, case.kv_type))
     q, k, v = (sketch.input(rows) for rows in tables(case, num_rows))
     q_norm = k_norm = None
     if case.qk_norm:
@@ -93,7 +102,8 @@ def contract_rows(case: Case, finished: Finished, num_rows: int, wanted: list[in
             for x, name in ((q, "q_norm"), (k, "k_norm"))
         )
     turns = rope_table(case.rope, 0, num_rows)
-    q, k, v = contract.rotate(q, turns), contract.to_cache(contract.rotate(k, turns)), contract.to_cache(v)
+    q = contract.rotate(q, turns)
+    k, v = (contract.to_cache(x, case.kv_type) for x in (contract.rotate(k, turns), v))
     group = case.num_heads // case.num_kv_heads
     out = [
         contract.attend(q[i, h], k[: i + 1, h // group], v[: i + 1, h // group], i, case.shape.scale, case.window)
@@ -169,9 +179,10 @@ def step(start: int, end: int, window: int | None) -> Batch:
     return Batch(ids, (Sequence(end - start, start, (pages,)),), np.arange(end - start, dtype=np.int32))
 
 
-def test_stale_pages_do_not_show() -> None:
+@pytest.mark.parametrize("kv_type", KvType)
+def test_stale_pages_do_not_show(kv_type: KvType) -> None:
     """Pages that another sequence filled, with the largest numbers of float16, give the bits of fresh ones."""
-    finished = attention(Case(4, 2, 32, 32), 192)
+    finished = attention(Case(4, 2, 32, 32, kv_type=kv_type), 192)
     for name in ("input0", "input1", "input2"):
         rows = finished.tensors[name].raw.view(np.float32).copy()
         rows[64:] *= 1e6

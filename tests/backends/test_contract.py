@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sketch import ISAS, Sketch, StoredTensor, assert_equal, chain
+from sketch import F32, ISAS, Sketch, StoredTensor, assert_equal, chain
 from tolerances import EXP_RELATIVE
 
 from isotherm.backends.reference import contract, float32
 from isotherm.program import ops
 from isotherm.program.ops import Activation, AttentionShape
 from isotherm.program.recorder import StateKind, StateSpec
-from isotherm.types import QuantType, Rope
+from isotherm.types import KvType, QuantType, Rope
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 FLOAT32_MAX = Fraction(float(np.finfo(np.float32).max))
@@ -104,20 +104,41 @@ def test_every_half_is_read_as_numpy_reads_it(quant_type: QuantType) -> None:
 
 
 def test_the_cache_rounds_to_float16_as_numpy_does() -> None:
-    """A token alone attends to itself with weight 1, so that what comes out is what the cache made of its value."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 1 << 32, 64 * 400, np.uint32).view(np.float32)
-    values[~np.isfinite(values)] = 0
     halves = np.arange(1 << 15, dtype=np.uint16)[: 64 * 496].view(np.float16).astype(np.float32)  # all finite ones
     ties = (halves[:-1] + halves[1:]) / 2
     beside = np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))
     all_values = np.concatenate([values, halves, ties, *beside, [65519.0, 65520.0, 7e4, 3e38], -ties])
     rows = np.resize(all_values, (-(-len(all_values) // 64), 64)).astype(np.float32)
-    expected = contract.to_cache(rows)
+    expected = contract.to_cache(rows, KvType.F16)
     with np.errstate(over="ignore"):
-        as_numpy = np.clip(rows.astype(np.float16).astype(np.float32), -65504, 65504)
+        as_numpy = np.clip(np.nan_to_num(rows.astype(np.float16).astype(np.float32), nan=-65504), -65504, 65504)
     assert_equal(expected, as_numpy, "contract.to_cache")
-    sketch = Sketch(StateSpec(StateKind.KV_WINDOW, 1, 1, 64, 1))
+    check_cache(rows, expected, KvType.F16)
+
+
+def test_the_cache_quantises_to_eight_bits_as_the_contract_does() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((3000, 64)) * np.exp2(rng.integers(-40, 20, (3000, 2)).repeat(32, 1))
+    rows = rows.astype(np.float32)
+    rows[:40] = rng.integers(0, 1 << 32, (40, 64), np.uint32).view(np.float32)  # any bits: infinities, not a number
+    rows[50] = 0
+    rows[51, :32], rows[52] = 3e38, 2.0**-149
+    expected = contract.to_cache(rows, KvType.Q8_0)
+    assert np.isfinite(expected).all()
+    blocks = rows[60:].reshape(-1, 32)
+    step = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    error = np.abs(expected[60:].reshape(-1, 32) - blocks)
+    usual = (step[:, 0] > 2.0**-12) & (step[:, 0] < 65504 / 127)  # scales that float16 holds with all its bits
+    assert usual.sum() > 1000
+    assert (error[usual] <= 0.57 * step[usual]).all()  # half a step, and 127 / 2048 of one for the rounded scale
+    check_cache(rows, expected, KvType.Q8_0)
+
+
+def check_cache(rows: F32, expected: F32, kv_type: KvType) -> None:
+    """A token alone attends to itself with weight 1, so that what comes out is what the cache made of its value."""
+    sketch = Sketch(StateSpec(StateKind.KV_WINDOW, 1, 1, 64, 1, kv_type))
     q, k, v = sketch.input(np.zeros_like(rows)), sketch.input(np.zeros_like(rows)), sketch.input(rows)
     out = sketch.value(64)
     shape = AttentionShape(1, 1, 64, 1.0, window=1)

@@ -53,6 +53,54 @@ def test_json_on_stdout_and_nothing_else(tiny: str, capsys: pytest.CaptureFixtur
     assert found["load_s"] > 0
 
 
+def test_a_profile_is_a_table_of_each_test_and_a_timeline(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    assert main(["bench", tiny, *SIZES, "-r", "1", "--trace", str(trace)]) == 0
+    streams = capsys.readouterr()
+    first, prefill, decode = streams.out.split("\n| test ")
+    assert "t/s" in first
+    kernels = ["embed", "norm, quantise", "qkv", "rope, append", "attention", "o", "glu", "down", "select rows", "head"]
+    for table, test, last in ((prefill, "pp16", ["wait", "Python"]), (decode, "tg4", ["wait", "sampler", "Python"])):
+        lines = table.splitlines()
+        header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+        assert header == ["kernel", "calls", "us/call", "time", "GB/s", "GOP/s", "of limit"]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:] if line]
+        assert [row[1] for row in rows] == [*kernels, *last]
+        assert {row[0] for row in rows} == {test}
+        assert sum(float(row[4].removesuffix("%")) for row in rows) == pytest.approx(100, abs=1)
+        assert all(re.fullmatch(r"\d+% (read|int8)", row[7]) for row in rows if row[1] in ("qkv", "glu", "head"))
+    assert f"{trace}: " in streams.err
+    assert "open it in ui.perfetto.dev" in streams.err
+    assert len(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]) > 100
+
+
+def test_the_page_explains_every_field_of_a_profile(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", tiny, *SIZES, "-r", "1", "--profile", "--json"]) == 0
+    prefill, decode = json.loads(capsys.readouterr().out)["profile"]
+    assert (prefill["test"], decode["test"]) == ("pp16", "tg4")
+    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    documented = re.findall(r"(?m)^\| `(\w+)` \|", page[page.index("| field of `profile` |") :])
+    assert documented == [*(key for key in prefill if key != "kernels"), *prefill["kernels"][0]]
+    for found in (prefill, decode):
+        assert sum(kernel["share"] for kernel in found["kernels"]) == pytest.approx(1)
+
+
+def test_a_trace_is_refused_before_the_model_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "no-such-model.gguf", "--trace", str(tmp_path / "nowhere" / "x.json")]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert "the trace cannot be written to" in streams.err
+
+
+def test_the_reference_backend_does_not_profile(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", tiny, *SIZES, "--backend", "reference", "--profile"]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert "the reference backend does not profile" in streams.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

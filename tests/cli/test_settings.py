@@ -47,7 +47,7 @@ def test_every_setting_can_come_from_everywhere(
     name: str, monkeypatch: pytest.MonkeyPatch, write_config: WriteConfig
 ) -> None:
     setting = SETTINGS[name]
-    text = {"backend": "reference", "offline": "true", "ctx": "2"}.get(name, "1")
+    text = {"backend": "reference", "offline": "true", "ctx": "2", "kv": "q8_0"}.get(name, "1")
     in_toml = f'"{text}"' if setting.rule.kind is str else text
     path = write_config(f"{name} = {in_toml}\n")
     from_file, *origin = _origin(name, {})
@@ -211,4 +211,6 @@ def test_table_agrees_with_the_loader() -> None:
     assert Settings().cache_bytes == assemble.DEFAULT_CACHE_BYTES
     assert SETTINGS["backend"].rule.choices == assemble.BACKENDS
     assert Settings().backend == assemble.LoadOptions().backend
+    assert SETTINGS["kv"].rule.choices == assemble.KV_TYPES
+    assert Settings().kv == assemble.LoadOptions().kv
     assert set(LOADING) | set(SAMPLING) | {"max_tokens"} == set(SETTINGS)

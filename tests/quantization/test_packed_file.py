@@ -98,6 +98,13 @@ def test_what_goes_in_comes_out(packed_path: Path) -> None:
     assert os.listdir(packed_path.parent) == ["model.p32"]
 
 
+@pytest.mark.parametrize("write_bytes", [4096, 8192, 1 << 20])
+def test_the_size_of_writes_changes_no_byte(tmp_path: Path, write_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path / "whole.p32").read_bytes()
+    monkeypatch.setattr(packed_file, "_WRITE_BYTES", write_bytes)
+    assert write(tmp_path / "model.p32").read_bytes() == whole
+
+
 def test_memory_reads_like_a_file() -> None:
     memory = PackedMemory()
     build(memory)
@@ -121,6 +128,13 @@ def test_a_map_outlives_its_file(packed_path: Path) -> None:
     write(packed_path, "another")
     packed_path.unlink()
     check_content(packed)
+
+
+def test_touching_a_file_that_shrank_meanwhile_is_survived(packed_path: Path) -> None:
+    packed = opened(packed_path)
+    packed.touch()
+    os.truncate(packed_path, 10)
+    packed.touch()  # a read past the end of a mapped file would kill the process
 
 
 def test_opening_marks_the_file_as_used(packed_path: Path) -> None:
@@ -316,6 +330,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return written
 
     monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(packed_file, "_WRITE_BYTES", 4096)
     with pytest.raises(CacheUnavailable, match="No space left"), PackedWriter(tmp_path / "model.p32", KEY) as writer:
         build(writer)
     assert os.listdir(tmp_path) == []

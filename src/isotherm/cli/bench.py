@@ -1,25 +1,24 @@
 """`isotherm bench`: tokens per second in llama-bench's columns, and the share of the machine's limits they reach."""
 
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isotherm.cli.console import notice, print_json
-from isotherm.cli.flags import JsonOption, ModelArgument, takes
+from isotherm.cli.console import markdown_table, notice, print_json
+from isotherm.cli.flags import JsonOption, ModelArgument, gathers, takes
+from isotherm.cli.kernel_times import profile_json, profile_text
 from isotherm.cli.loading import loaded
 from isotherm.cli.settings import Settings
 from isotherm.cli.version import commit, package_version
 
 if TYPE_CHECKING:
-    from isotherm.evaluation.bench import BenchResult, Speed
+    from isotherm.evaluation.bench import BenchOptions, BenchResult, Speed
 
 
-@takes("threads", "backend", "cache_gib", "offline")
-def bench(
-    settings: Settings,
-    model: ModelArgument,
+def bench_options(
     prompt_tokens: Annotated[
         int, typer.Option("--n-prompt", "-p", metavar="N", help="Tokens of the prefill test; 0 leaves it out.")
     ] = 512,
@@ -30,15 +29,46 @@ def bench(
     depth: Annotated[
         int, typer.Option("--depth", "-d", metavar="N", help="Tokens in the context before the decode test.")
     ] = 0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show where the time goes, by kernel.", show_default=False)
+    ] = False,
+) -> "BenchOptions":
+    """What these flags ask for. Raises OptionError."""
+    from isotherm.evaluation.bench import BenchOptions
+
+    return BenchOptions(prompt_tokens, decode_tokens, repetitions, depth, profile)
+
+
+@takes("kv", "threads", "backend", "cache_gib", "offline")
+@gathers(bench_options)
+def bench(
+    settings: Settings,
+    options: "BenchOptions",
+    model: ModelArgument,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write a timeline for ui.perfetto.dev too; implies --profile.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measures tokens per second, beside what this machine's memory and arithmetic allow."""
-    from isotherm.evaluation.bench import BenchOptions
     from isotherm.evaluation.bench import bench as measure
+    from isotherm.evaluation.trace import TraceFile
 
-    options = BenchOptions(prompt_tokens, decode_tokens, repetitions, depth)
-    with loaded(model, replace(settings, ctx=options.context_tokens)) as generator:
+    options = replace(options, profile=options.profile or trace is not None)
+    with ExitStack() as stack:
+        trace_file = stack.enter_context(TraceFile(trace)) if trace else None
+        generator = stack.enter_context(loaded(model, replace(settings, ctx=options.context_tokens)))
         result = measure(generator, options, on_step=notice)
+        if trace_file:
+            written = trace_file.write(f"isotherm {result.model.config.name}", result.recorded)
+            cut = "" if written.is_whole else ", which is as many as one holds: the last ones are left out"
+            notice(f"{trace}: {written.num_events} events{cut}; open it in ui.perfetto.dev")
     if as_json:
         print_json(to_json(result))
     else:
@@ -76,6 +106,7 @@ def to_json(result: "BenchResult") -> dict[str, Any]:
             }
             for speed in result.tests
         ],
+        "profile": [profile_json(profile) for profile in result.profiles],
     }
 
 
@@ -94,12 +125,13 @@ def to_text(result: "BenchResult") -> str:
     peak = "unknown" if result.peak_rss_bytes is None else f"{result.peak_rss_bytes / 1e6:.0f} MB"
     return "\n".join(
         [
-            *_table(header, rows),
+            *markdown_table(header, rows, num_left=len(header) - 1),
             "",
             f"load {facts.load_s:.2f} s, peak memory {peak}",
             f"machine: reads {device.read_bytes_per_s / 1e9:.1f} GB/s, int8 {device.int8_ops_per_s / 1e9:.0f} GOPS "
             "(best of the probes of this run)",
             *(_limit_line(speed, result) for speed in result.tests),
+            *(f"\n{profile_text(profile)}" for profile in result.profiles),
         ]
     )
 
@@ -112,15 +144,3 @@ def _limit_line(speed: "Speed", result: "BenchResult") -> str:
         f"{speed.test}: {speed.limit_share:.0%} of the {speed.limit} ({facts.token_bytes / 1e6:.1f} MB a token), "
         f"{speed.python_share:.1%} of a step in Python"
     )
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table; the last column is aligned right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)) + " | "
-        f"{row[-1].rjust(widths[-1])} |"
-        for row in [header, *rows]
-    ]
-    rule = "| " + " | ".join("-" * width for width in widths[:-1]) + " | " + "-" * (widths[-1] - 1) + ": |"
-    return [lines[0], rule, *lines[1:]]

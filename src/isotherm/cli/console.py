@@ -45,6 +45,21 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> list[str]:
+    """Lines of a Markdown table, aligned: the first `num_left` columns left, the others right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rules = ["-" * width if column < num_left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column < num_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join(padded)} |"
+
+    return [line(header), line(rules), *map(line, rows)]
+
+
 def read_stdin() -> str | None:
     """What is piped in; None where stdin is a terminal. Raises OptionError for what is no text."""
     if sys.stdin.isatty():

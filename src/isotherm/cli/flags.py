@@ -40,6 +40,28 @@ def reads(
     return decorate
 
 
+def gathers(
+    maker: Callable[..., T],
+) -> Callable[[Callable[Concatenate[Settings, T, P], None]], Callable[Concatenate[Settings, P], None]]:
+    """Gives a command the parameters of `maker` as flags; after its Settings it gets what `maker` makes of them."""
+
+    def decorate(command: Callable[Concatenate[Settings, T, P], None]) -> Callable[Concatenate[Settings, P], None]:
+        gathered = inspect.signature(maker).parameters
+
+        def with_gathered(settings: Settings, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            made = maker(**{name: kwargs.pop(name) for name in gathered})
+            command(settings, made, *args, **kwargs)
+
+        first, _, *own = inspect.signature(command).parameters.values()
+        parameters = sorted([*gathered.values(), *own], key=lambda parameter: parameter.default is not parameter.empty)
+        with_gathered.__name__ = command.__name__
+        with_gathered.__doc__ = command.__doc__
+        vars(with_gathered)["__signature__"] = inspect.Signature([first, *parameters])
+        return with_gathered
+
+    return decorate
+
+
 def _flag(setting: Setting) -> inspect.Parameter:
     """Text, so that flag, variable and `/set` go through one parser and one message."""
     declared = [setting.rule.short_flag] if setting.rule.short_flag else []

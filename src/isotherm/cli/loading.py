@@ -26,6 +26,7 @@ def loaded(model: str, settings: Settings) -> Iterator["TextGenerator"]:
             backend=settings.backend,
             cache_bytes=settings.cache_bytes,
             offline=settings.offline,
+            kv=settings.kv,
             reporter=reporter,
         )
     with generator:

@@ -45,6 +45,10 @@ class Settings:
     ctx: int | None = _setting(
         None, Rule(int, "TOKENS", "Context length; by default the model's, cut to what memory holds.", low=2)
     )
+    kv: str = _setting(
+        "f16",
+        Rule(str, "TYPE", "Keys and values: f16, or q8_0 in half the memory.", choices=("f16", "q8_0")),
+    )
     threads: int | None = _setting(
         None, Rule(int, "N", "Threads; by default the physical cores this process may use.", low=1, high=1024)
     )
@@ -178,7 +182,7 @@ def value_text(value: Value) -> str:
 
 
 SETTINGS: dict[str, Setting] = {column.name: Setting(column.name, **column.metadata) for column in fields(Settings)}
-LOADING = ("ctx", "threads", "backend", "cache_gib", "offline")
+LOADING = ("ctx", "kv", "threads", "backend", "cache_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from isotherm.program import batch as program_batch
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.batch import Batch
 from isotherm.program.recorder import Program
+from isotherm.program.recording import Recording
 from isotherm.types import SamplingParams
 
 F32 = NDArray[np.float32]
@@ -42,10 +44,19 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class DecodeTiming:
-    """busy_s: the part of total_s in which the backend computed; the rest is Python's and the sampler's."""
+    """busy_s: the part of total_s in which native code computed, backend or sampler; the rest is Python's."""
 
     total_s: float
     busy_s: float
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A prefill or some steps of decode; sampler_s is the native sampler's part of total_s."""
+
+    total_s: float
+    sampler_s: float
+    recording: Recording
 
 
 class Engine:
@@ -113,14 +124,33 @@ class Engine:
     def time_decode(self, num_tokens: int, depth: int) -> DecodeTiming:
         """Decodes `num_tokens` greedily after `depth` cached ones, which are not timed."""
         self.time_prefill(max(1, depth))
+        busy_before_s = self._compiled.busy_s
+        total_s, sampler_s = self._decode(num_tokens, max(1, depth))
+        return DecodeTiming(total_s, self._compiled.busy_s - busy_before_s + sampler_s)
+
+    def record_prefill(self, num_tokens: int) -> RecordedRun:
+        """`time_prefill`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
+        num_batches = -(-num_tokens // self.batch_tokens)
+        total_s, recording = self._compiled.record(lambda: self.time_prefill(num_tokens), num_batches)
+        return RecordedRun(total_s, 0.0, recording)
+
+    def record_decode(self, num_tokens: int, depth: int) -> RecordedRun:
+        """`time_decode`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
+        self.time_prefill(max(1, depth))
+        run = partial(self._decode, num_tokens, max(1, depth))
+        (total_s, sampler_s), recording = self._compiled.record(run, num_tokens)
+        return RecordedRun(total_s, sampler_s, recording)
+
+    def _decode(self, num_tokens: int, depth: int) -> tuple[float, float]:
+        """Seconds that `num_tokens` greedy steps after `depth` cached tokens take, and the sampler's part of them."""
         sampler = Sampler(SamplingParams(), self._vocab_size)
-        history = np.ones(max(1, depth) + num_tokens, np.int32)
-        busy_s, started = self._compiled.busy_s, time.perf_counter()
+        history = np.ones(depth + num_tokens, np.int32)
+        started = time.perf_counter()
         token_id = 1
-        for position in range(len(history) - num_tokens, len(history)):
+        for position in range(depth, len(history)):
             logits = self._next_logits([token_id])
             token_id = sampler.sample(logits, history[:position], position, 0).token_id
-        return DecodeTiming(time.perf_counter() - started, self._compiled.busy_s - busy_s)
+        return time.perf_counter() - started, sampler.busy_s
 
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""

@@ -89,6 +89,11 @@ class Sampler:
         rules.seed = self.seed
         self._native = _native.Sampler(rules, vocab_size)
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds that `sample` has spent in native code so far."""
+        return self._native.busy_s
+
     def sample(
         self, logits: npt.NDArray[np.float32], history: npt.NDArray[np.int32], position: int, sequence: int
     ) -> SampledToken:

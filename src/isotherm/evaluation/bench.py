@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from isotherm.engine.engine import RecordedRun
 from isotherm.errors import OptionError
+from isotherm.evaluation.profile import Profile, profile
 from isotherm.facts import DeviceFacts, ModelFacts
 from isotherm.probe import measure
 from isotherm.text import TextGenerator
+
+MAX_PROFILED_STEPS = 128  # of decode: what is recorded stays in memory
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class BenchOptions:
     decode_tokens: int = 64
     repetitions: int = 3
     depth: int = 0  # tokens in the context before the decode test
+    profile: bool = False  # as many repetitions more, recorded; decode of at most MAX_PROFILED_STEPS
 
     def __post_init__(self) -> None:
         if min(self.prompt_tokens, self.decode_tokens, self.depth) < 0 or self.repetitions < 1:
@@ -45,7 +50,7 @@ class Speed:
     samples: tuple[float, ...]  # tokens per second
     limit: str
     limit_share: float
-    python_share: float | None  # of the time of a decode step: what Python and the sampler take
+    python_share: float | None  # of the time of a decode step: what Python takes, beside backend and sampler
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,12 +67,15 @@ class BenchResult:
     device: DeviceFacts  # the best of several probes between the repetitions
     tests: tuple[Speed, ...]
     peak_rss_bytes: int | None  # of this process up to the first repetition; None where the system does not tell
+    profiles: tuple[Profile, ...] = ()  # of the tests, where asked for
+    recorded: tuple[RecordedRun, ...] = ()  # the last run of each profile
 
 
 def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], None] | None = None) -> BenchResult:
     """Times prefill and decode in turns, after one warm-up of each; probes the machine between the repetitions.
 
-    `on_step` hears what comes next. Raises OptionError where the tests do not fit the model's context.
+    `on_step` hears what comes next. Raises OptionError where the tests do not fit the model's context, and where the
+    backend cannot tell what is to be profiled.
     """
     if options.context_tokens > model.context_tokens:
         raise OptionError(
@@ -75,6 +83,8 @@ def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], 
             f"{model.context_tokens}; load it with more context_tokens or measure less"
         )
     tell = on_step or (lambda _: None)
+    if options.profile:
+        model.record_prefill(1)  # a backend that cannot says so before anything is measured
     timer = _Timer(model, options)
     tell("warm-up")
     timer.repeat()
@@ -86,7 +96,16 @@ def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], 
         tell(f"repetition {number} of {options.repetitions}")
         timer.repeat()
         device = _best(device, _probe(facts))
-    return BenchResult(facts, device, timer.results(device), peak_rss_bytes)
+    if not options.profile:
+        return BenchResult(facts, device, timer.results(device), peak_rss_bytes)
+    recorder = _Recorder(model, options)
+    for number in range(1, options.repetitions + 1):
+        tell(f"profile {number} of {options.repetitions}")
+        recorder.repeat()
+        device = _best(device, _probe(facts))
+    return BenchResult(
+        facts, device, timer.results(device), peak_rss_bytes, recorder.profiles(device), recorder.last_runs()
+    )
 
 
 class _Timer:
@@ -119,10 +138,43 @@ class _Timer:
             results.append(Speed(f"pp{options.prompt_tokens}", tuple(self._prefill), "int8 rate", share, None))
         if self._decode:
             share = facts.token_bytes * statistics.median(self._decode) / device.read_bytes_per_s
-            name = f"tg{options.decode_tokens}" + (f" @ d{options.depth}" if options.depth else "")
+            name = _decode_name(options.decode_tokens, options.depth)
             python_share = 1 - self._busy_s / self._total_s
             results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share))
         return tuple(results)
+
+
+class _Recorder:
+    """Runs the tests once more and keeps what every thread did."""
+
+    def __init__(self, model: TextGenerator, options: BenchOptions) -> None:
+        self._model = model
+        self._options = options
+        self._decode_tokens = min(options.decode_tokens, MAX_PROFILED_STEPS)
+        self._prefill: list[RecordedRun] = []
+        self._decode: list[RecordedRun] = []
+
+    def repeat(self) -> None:
+        if self._options.prompt_tokens:
+            self._prefill.append(self._model.record_prefill(self._options.prompt_tokens))
+        if self._decode_tokens:
+            self._decode.append(self._model.record_decode(self._decode_tokens, depth=self._options.depth))
+
+    def profiles(self, device: DeviceFacts) -> tuple[Profile, ...]:
+        results = []
+        if self._prefill:
+            results.append(profile(f"pp{self._options.prompt_tokens}", self._prefill, device, is_decode=False))
+        if self._decode:
+            name = _decode_name(self._decode_tokens, self._options.depth)
+            results.append(profile(name, self._decode, device, is_decode=True))
+        return tuple(results)
+
+    def last_runs(self) -> tuple[RecordedRun, ...]:
+        return tuple(runs[-1] for runs in (self._prefill, self._decode) if runs)
+
+
+def _decode_name(num_tokens: int, depth: int) -> str:
+    return f"tg{num_tokens}" + (f" @ d{depth}" if depth else "")
 
 
 def _probe(facts: ModelFacts) -> DeviceFacts:

@@ -1,12 +1,16 @@
 """The seam between engine and machines: what a backend reads, and what it compiles a Program to."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.program.batch import Batch
+from isotherm.program.recording import Recording
 from isotherm.types import QuantType
+
+T = TypeVar("T")
 
 
 class WeightTensor(Protocol):
@@ -38,3 +42,9 @@ class CompiledProgram(Protocol):
     @property
     def busy_s(self) -> float:
         """Seconds spent computing since it was made."""
+
+    def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
+        """What `run` gives, and what each thread did in it: at most `num_batches` batches, the head once for each.
+
+        Raises OptionError where the backend cannot tell.
+        """

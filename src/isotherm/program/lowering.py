@@ -8,6 +8,8 @@ Four patterns, each tried on the op at hand with the ops that use its result:
     Norm -> Add                       AddNorm
     [Norm] -> RopeOp -> Attention     RopeAttention
 
+Last, SelectRows moves up to the last attention: what follows it is computed for the rows that are asked for only.
+
 An intermediate value that anything else reads stops its pattern; what no pattern covers is an AssertionError.
 """
 
@@ -22,8 +24,25 @@ from isotherm.types import Rope
 
 def lower(program: Program) -> Program:
     """The same function of tokens, in ops of the second group of `ops.py`."""
-    lowered = _Lowering(program).run()
-    return replace(program, ops=tuple(lowered))
+    return replace(program, ops=tuple(_select_early(_Lowering(program).run())))
+
+
+def _select_early(lowered: list[Op]) -> list[Op]:
+    """After the last attention rows depend on themselves alone, so that selecting them there changes nothing."""
+    select = next(i for i, op in enumerate(lowered) if isinstance(op, ops.SelectRows))
+    attentions = [i for i, op in enumerate(lowered[:select]) if isinstance(op, ops.RopeAttention)]
+    if not attentions:
+        return lowered
+    first = attentions[-1] + 1
+    kept, tail = lowered[:first], lowered[first:select] + lowered[select + 1 :]
+    made = {value for op in kept for value in ops.outputs(op)}
+    needed = dict.fromkeys(value for op in lowered[first:] for value in ops.inputs(op) if value in made)
+    unused = 1 + max(value.index for op in lowered for value in ops.outputs(op))
+    selected = {value: Value(unused + i, value.width) for i, value in enumerate(needed)}
+    selects: list[Op] = [ops.SelectRows(out, value) for value, out in selected.items()]
+    late = lowered[select]
+    assert isinstance(late, ops.SelectRows)
+    return kept + selects + [ops.replace_inputs(op, selected | {late.out: selected.get(late.x, late.x)}) for op in tail]
 
 
 class _Lowering:

@@ -5,7 +5,8 @@ SelectRows, where it is the number of logit rows. Weights are named, never held.
 group and never fuse; lowering replaces them by those of the second group, which a quantising backend runs.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -207,6 +208,13 @@ def inputs(op: Op) -> tuple[Value, ...]:
     """Values that `op` reads."""
     written = outputs(op)
     return tuple(v for f in fields(op) if isinstance(v := getattr(op, f.name), Value) and v not in written)
+
+
+def replace_inputs(op: Op, by: Mapping[Value, Value]) -> Op:
+    """`op` with the values that it reads replaced where `by` names them."""
+    read = by.keys() & set(inputs(op))
+    changes: dict[str, Any] = {f.name: by[v] for f in fields(op) if (v := getattr(op, f.name)) in read}
+    return replace(op, **changes)
 
 
 def show(item: Any) -> str:

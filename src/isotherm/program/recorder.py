@@ -1,11 +1,11 @@
 """Program and the recorder that a model family writes it with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from isotherm.program import ops
 from isotherm.program.ops import Activation, AttentionShape, NormWeights, Op, Value
-from isotherm.types import Rope
+from isotherm.types import KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
 
@@ -24,11 +24,13 @@ class StateSpec:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    kv_type: KvType = KvType.F16
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers of the group: keys and values in float16."""
-        return self.num_layers * self.num_kv_heads * self.head_dim * PAGE_TOKENS * 2 * 2
+        """Bytes of one page over all layers of the group, keys and values."""
+        row_bytes = 2 * self.head_dim if self.kv_type is KvType.F16 else self.head_dim + 2 * -(-self.head_dim // 32)
+        return self.num_layers * self.num_kv_heads * PAGE_TOKENS * 2 * row_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Program:
     ops: tuple[Op, ...]
     states: tuple[StateSpec, ...]
     logits: Value
+
+    def keeping(self, kv_type: KvType) -> "Program":
+        """The same Program with keys and values kept as `kv_type`."""
+        return replace(self, states=tuple(replace(state, kv_type=kv_type) for state in self.states))
 
     def dump(self) -> str:
         """The Program as text, an op a line: what a reviewer sees the diff of."""

@@ -92,6 +92,8 @@ def clear_cache(directory: Path) -> int:
 
 def enforce_cap(directory: Path, cap_bytes: int, *, keep: Path) -> list[CachedModel]:
     """Removes least recently used files, never `keep`, until `directory` fits `cap_bytes`; returns what went."""
+    if _total_bytes(directory) <= cap_bytes:
+        return []
     models = list_cache(directory)
     total_bytes = sum(model.num_bytes for model in models)
     removed = []
@@ -101,6 +103,15 @@ def enforce_cap(directory: Path, cap_bytes: int, *, keep: Path) -> list[CachedMo
             total_bytes -= model.num_bytes
             removed.append(model)
     return removed
+
+
+def _total_bytes(directory: Path) -> int:
+    """Without a look into the files: this runs at every start."""
+    total_bytes = 0
+    for path in directory.glob(f"*{SUFFIX}"):
+        with suppress(FileNotFoundError):
+            total_bytes += path.stat().st_size
+    return total_bytes
 
 
 def remove_leftovers(directory: Path) -> int:

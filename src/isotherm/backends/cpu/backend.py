@@ -1,5 +1,8 @@
 """The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,16 +10,19 @@ from isotherm import _native
 from isotherm.backends.cpu.buffers import plan_buffers
 from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pair_name
+from isotherm.backends.cpu.step_facts import describe_steps, max_marks
 from isotherm.errors import UnsupportedModel
 from isotherm.program import ops
 from isotherm.program.batch import Batch
 from isotherm.program.ops import NormWeights
 from isotherm.program.recorder import Program
+from isotherm.program.recording import MARK, Recording, Walk
 from isotherm.program.rope import rope_table
 from isotherm.quantization.packed_file import PackedWeights
-from isotherm.types import Rope
+from isotherm.types import KvType, Rope
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
@@ -37,28 +43,36 @@ class CpuBackend:
         compiler = _Compiler(builder, program, self._weights, limits)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)
-        return CompiledCpu(executor, compiler.rope_tables, program.logits.width)
+        return CompiledCpu(executor, program, self._weights, compiler.rope_tables)
 
 
 class CompiledCpu:
     """See `program.backend.CompiledProgram`. Calls release the GIL and are not thread safe."""
 
-    def __init__(self, executor: "_native.Executor", rope_tables: dict[Rope, F32], vocab_size: int) -> None:
+    def __init__(
+        self, executor: "_native.Executor", program: Program, weights: PackedWeights, rope_tables: dict[Rope, F32]
+    ) -> None:
         self._executor = executor
+        self._program = program
+        self._weights = weights
         self._rope_tables = rope_tables
-        self._vocab_size = vocab_size
         self._num_positions = 0  # that the rope tables hold
+        self._walks: list[Walk] | None = None  # what was computed, while it is recorded
 
     def forward(self, batch: Batch) -> None:
         end = max(sequence.num_cached + sequence.num_new for sequence in batch.sequences)
         if end > self._num_positions:
             self._fill_rope_tables(end)
+        if self._walks is not None:
+            self._walks.append(Walk(len(batch.token_ids), tuple((s.num_new, s.num_cached) for s in batch.sequences)))
         sequences = [(s.num_new, s.num_cached, list(s.page_tables)) for s in batch.sequences]
         finished = self._executor.run(batch.token_ids, sequences, batch.logit_rows)
         assert finished, "stopped, though nothing was raised"
 
     def logits(self, first: int, count: int) -> F32:
-        out: F32 = np.empty((count, self._vocab_size), np.float32)
+        if self._walks is not None:
+            self._walks.append(Walk(count, ()))
+        out: F32 = np.empty((count, self._program.logits.width), np.float32)
         finished = self._executor.head(first, out)
         assert finished, "stopped, though nothing was raised"
         return out
@@ -66,6 +80,20 @@ class CompiledCpu:
     @property
     def busy_s(self) -> float:
         return self._executor.busy_s
+
+    def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
+        capacity = num_batches * max_marks(self._program) + 1
+        walks: list[Walk] = []
+        self._executor.start_log(capacity)
+        self._walks = walks
+        try:
+            result = run()
+        finally:
+            self._walks = None
+            marks = tuple(lane.view(MARK)[:, 0] for lane in self._executor.stop_log())
+        assert max(map(len, marks)) < capacity, "the log is too small"
+        steps = describe_steps(self._program, self._weights.entry)
+        return result, Recording(steps, tuple(walks), marks)
 
     def _fill_rope_tables(self, end: int) -> None:
         start = self._num_positions
@@ -94,7 +122,8 @@ class _Compiler:
 
     def compile(self) -> None:
         for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
-            self._builder.pool(state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
+            is_q8_0 = state.kv_type is KvType.Q8_0
+            self._builder.pool(is_q8_0, state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
         for width in self._buffers.widths:
             self._builder.buffer(width)
         for op in self._program.ops:

@@ -1,23 +1,27 @@
 """The truth, in NumPy: runs any Program, recorded in float32, lowered in the arithmetic of the contract."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.backends.reference import contract, float32
+from isotherm.errors import OptionError
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
 from isotherm.program.batch import Batch
 from isotherm.program.ops import Op, Value
 from isotherm.program.recorder import PAGE_TOKENS, Program
+from isotherm.program.recording import Recording
 from isotherm.program.rope import rope_table
 from isotherm.quantization.layouts import Fields, decode, dequantise
 from isotherm.types import Rope
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class ReferenceBackend:
@@ -86,6 +90,9 @@ class CompiledReference:
         self.busy_s += time.perf_counter() - started
         return values[self._program.logits]
 
+    def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
+        raise OptionError("the reference backend does not profile; use --backend cpu, or measure without --profile")
+
     def _step(self, op: Op, values: dict[Value, F32], batch: Batch) -> None:
         w = self._weights
         match op:
@@ -152,7 +159,8 @@ class CompiledReference:
                 contract.rotate(contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table)
                 for x, norm in ((q, op.q_norm), (k, op.k_norm))
             )
-            k, v = contract.to_cache(k), contract.to_cache(v)
+            kv_type = self._program.states[op.state].kv_type
+            k, v = contract.to_cache(k, kv_type), contract.to_cache(v, kv_type)
         out = np.empty_like(q)
         start = 0
         for sequence in batch.sequences:

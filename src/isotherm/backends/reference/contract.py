@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from isotherm.program.ops import Activation
 from isotherm.quantization.layouts import Fields
+from isotherm.types import KvType
 
 F32 = NDArray[np.float32]
 
@@ -15,6 +16,7 @@ LANES = 16
 BLOCK_COLUMNS = 32  # columns that share one activation scale
 ATTENTION_BLOCK = 512  # positions of one softmax block
 _TOO_LARGE = np.float32(2.0**105)  # weight scales of this magnitude, or not finite, make what they touch no number
+KV_SCALE_COLUMNS = 32  # of a head, that share a scale in a Q8_0 cache
 _TINY = np.float32(2.0**-100)  # a block whose largest magnitude is below this is all zero
 _F16_MAX = np.float32(65504.0)
 
@@ -136,9 +138,16 @@ def rotate(x: F32, table: F32) -> F32:
     return out
 
 
-def to_cache(x: F32) -> F32:
-    """What the KV cache gives back for x: float16, rounded to nearest even, never infinite."""
-    return np.clip(x, -_F16_MAX, _F16_MAX).astype(np.float16).astype(np.float32)
+def to_cache(x: F32, kv_type: KvType) -> F32:
+    """What the KV cache gives back for x [..., head_dim]: finite, whatever x is."""
+    x = np.clip(np.where(np.isnan(x), -_F16_MAX, x), -_F16_MAX, _F16_MAX)
+    if kv_type is KvType.F16:
+        return x.astype(np.float16).astype(np.float32)
+    blocks = _padded(x, KV_SCALE_COLUMNS).reshape(*x.shape[:-1], -1, KV_SCALE_COLUMNS)
+    scale = (np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    values: F32 = np.clip(np.rint(blocks * inverse), -127, 127) * scale
+    return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
 def attend(q: F32, k: F32, v: F32, position: int, scale: float, window: int | None) -> F32:
