@@ -49,6 +49,7 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   rows.bundle_rows = bundle_rows(kernels_, num_rows);
   for (int i = 0; i < kNumStarts; i++)
     if (!needs.starts[i]) rows.starts[i] = nullptr;
+  if (!needs.half_sums) rows.half_sums = nullptr;
   if (!needs.values) rows.values = nullptr;
   const Range mine = redundant ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
   for (int i = mine.first; i < mine.last; i++) {

@@ -271,7 +271,7 @@ def _tensor_type(cursor: _Cursor, type_id: int, what: str) -> QuantType:
             f"{cursor.part.path}: {what} has type {type_id}, which is unknown here; "
             "the file is damaged, or newer than this version"
         )
-    supported = ", ".join(quant_type.value for quant_type in TENSOR_TYPES.values())
+    supported = ", ".join(quant_type.value for quant_type in QuantType)
     raise UnsupportedModel(
         f"{cursor.part.path}: {what} is stored as {UNSUPPORTED_TENSOR_TYPES[type_id]}, which is not supported; "
         f"supported are {supported}: fetch the Q4_K_M file of this model, say"
