@@ -160,7 +160,7 @@ def records(run: Run, what: str) -> list[dict[str, Any]]:
     shared = {
         "date": date.today().isoformat(),
         "what": what,
-        "commit": _commit(),
+        "commit": commit(),
         "model": Path(run.task.model).name,
         "num_threads": run.task.num_threads,
         "machine": {key: run.probes[0][key] for key in ("cpu_name", "num_cores", "memory_bytes", "isa")},
@@ -184,7 +184,7 @@ def records(run: Run, what: str) -> list[dict[str, Any]]:
     ]
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this tree; `-dirty` where tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

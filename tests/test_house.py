@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "facts": {"types"},
     "probe": DATA | {"_native"},
-    "formats": DATA | {"_native"},  # _native: one loop over length-prefixed strings
+    "formats": DATA | {"_native"},  # _native: loops over strings
     "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
     "quantization": DATA | {"_native"},  # _native: pages of a mapped file
     "program": DATA | {"quantization"},

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
 FAMILIES = ("llama", "qwen2", "gemma3")
@@ -48,10 +49,12 @@ def write_tiny(
     quant_type: QuantType,
     *,
     metadata: Mapping[str, Any] | None = None,
+    types: Mapping[str, QuantType] | None = None,
     **sizes: Any,
 ) -> Path:
     """Write a model of `family` (llama, qwen2, gemma3) with every matrix in `quant_type`; returns `path`.
 
+    `types`: of the matrices that are to have another one, by the part of the name before `.weight`, "attn_q" say.
     `sizes` are fields of TinySizes; `metadata` adds keys or replaces those written by default, None leaves one out.
     """
     assert family in FAMILIES
@@ -64,7 +67,7 @@ def write_tiny(
         if value is not None:
             add_value(writer, key, value)
     for name, shape in _tensor_shapes(family, size).items():
-        write_tensor(writer, name, shape, quant_type, size.seed)
+        write_tensor(writer, name, shape, (types or {}).get(name.split(".")[-2], quant_type), size.seed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,6 +82,8 @@ def random_blocks(quant_type: QuantType, shape: tuple[int, int], seed: object = 
     if quant_type in (QuantType.Q4_K, QuantType.Q5_K, QuantType.Q6_K):
         blocks = _random_k_blocks(quant_type, rows * columns // 256, columns**-0.5, rng)
         return blocks.reshape(rows, quant_type.row_bytes(columns))
+    if quant_type not in _QUANTISED_BY_GGUF:
+        return _random_scaled_rows(quant_type, shape, columns**-0.5, rng)
     values = (rng.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[quant_type.value]).view(np.uint8)
 
@@ -230,13 +235,50 @@ def _random_k_blocks(
     return blocks
 
 
+# The gguf package reads all types, and writes these.
+_QUANTISED_BY_GGUF = {
+    *(QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1),
+    *(QuantType.Q8_0, QuantType.TQ1_0, QuantType.TQ2_0, QuantType.MXFP4),
+}
+
+
+def _random_scaled_rows(
+    quant_type: QuantType, shape: tuple[int, int], deviation: float, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Random bytes under float16 scales, set by what the gguf package reads with a scale of 1."""
+    raw = rng.integers(0, 256, (shape[0], quant_type.row_bytes(shape[1])), dtype=np.uint8)
+    blocks = raw.view(BLOCKS[quant_type])
+    if quant_type is QuantType.NVFP4:
+        blocks["e4m3"] = rng.integers(1, 0x20, blocks["e4m3"].shape)  # up to 2**-4
+        return raw
+    _set_scales(blocks, np.ones(blocks.shape))
+    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[quant_type.value])
+    _set_scales(blocks, rng.uniform(0.5, 1.5, blocks.shape) * deviation / values.std())
+    return raw
+
+
+def _set_scales(blocks: NDArray[np.void], scales: NDArray[np.float64]) -> None:
+    bits = scales.astype("<f2").view("<u2")
+    if "d" in (blocks.dtype.names or ()):
+        blocks["d"] = bits
+    else:  # IQ1_M
+        blocks["scales"] = (blocks["scales"] & 0x0FFF) | (bits[..., None] >> np.arange(0, 16, 4) & 15) << 12
+    if "dmin" in (blocks.dtype.names or ()):
+        blocks["dmin"] = (scales * 1.5).astype("<f2").view("<u2")
+
+
 def _half(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return values.astype(np.float16).view(np.uint8).reshape(-1, 2)
 
 
 def _file_types() -> Iterable[tuple[QuantType, int]]:
     for quant_type in QuantType:
-        for name in (f"MOSTLY_{quant_type.value}", f"ALL_{quant_type.value}", f"MOSTLY_{quant_type.value}_M"):
+        for name in (
+            f"MOSTLY_{quant_type.value}",
+            f"ALL_{quant_type.value}",
+            f"MOSTLY_{quant_type.value}_M",
+            f"MOSTLY_{quant_type.value}_MOE",
+        ):
             if name in gguf.LlamaFileType.__members__:
                 yield quant_type, gguf.LlamaFileType[name].value
 

@@ -31,8 +31,13 @@ void require(bool holds, const char* what) {
 }
 
 WeightType weight_type(const std::string& name) {
-  static const char* const kNames[kNumWeightTypes] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0",
-                                                      "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"};
+  // clang-format off: in the order of WeightType
+  static const char* const kNames[kNumWeightTypes] = {
+      "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
+      "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0",
+      "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+  };
+  // clang-format on
   for (int i = 0; i < kNumWeightTypes; i++)
     if (name == kNames[i]) return static_cast<WeightType>(i);
   throw std::invalid_argument("weight type " + name);

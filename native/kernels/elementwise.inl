@@ -76,11 +76,15 @@ void quantise(const float* x, const QuantRows& out, int row) {
     const size_t at = first_column / kBlockColumns + static_cast<size_t>(block * bundle + lane);
     out.scales[at] = live ? top / 127.0f : 0.0f;
     out.sums[at] = static_cast<float>(sum_a + sum_b);
+    const size_t half = first_column / 16 + static_cast<size_t>(2 * block * bundle + lane);
+    if (out.half_sums) {
+      out.half_sums[half] = static_cast<float>(sum_a);
+      out.half_sums[half + static_cast<size_t>(bundle)] = static_cast<float>(sum_b);
+    }
     for (int i = 0; i < kNumStarts; i++) {
       if (!out.starts[i]) continue;
-      const int zero_point = kStartShifts[i] < 0 ? 0 : 1 << kStartShifts[i];
-      if (i == kHalfBlockStart) {
-        const size_t half = first_column / 16 + static_cast<size_t>(2 * block * bundle + lane);
+      const int zero_point = kStarts[i].zero_point;
+      if (kStarts[i].columns == 16) {
         out.starts[i][half] = kMagic - zero_point * sum_a;
         out.starts[i][half + static_cast<size_t>(bundle)] = kMagic - zero_point * sum_b;
       } else {

@@ -1,7 +1,7 @@
 // Panels of 32 weight rows times quantised activations.
 //
-//   block = float(group's integer dot) * scale [groups of half a block: + the second half's, by fma]
-//   [block = fma(sum of the block's codes, minimum, block)]
+//   block = float(group's integer dot) * scale, [block = fma(sum of the group's codes, minimum, block)]
+//   [groups of half a block: block += the second half's in the same way, by fma]
 //   total = fma(block, activation scale, total), blocks rising
 //
 // Few tokens read codes straight from the packed panel; many read a chunk that was unpacked into L1 once.
@@ -14,16 +14,27 @@ using namespace isotherm;
 // [i * bundle_rows + t].
 struct Rows {
   const int8_t* codes;
-  const int32_t* starts;  // by group
-  const float* sums;      // by block
+  const int32_t* starts;  // by group; null for weights with a minimum
+  const float* sums;      // by group; null for all others
   const float* scales;    // by block
 };
 
+// What tells weight types of one codec apart.
+struct Variant {
+  StartIndex start;
+  const Table* table;
+};
+
 template <class C>
-VEC Rows bundle_at(const QuantRows& x, int row, int column) {
+VEC Rows bundle_at(const QuantRows& x, const Variant& type, int row, int column) {
   const size_t at = static_cast<size_t>(row) * x.columns + static_cast<size_t>(column) * x.bundle_rows;
-  return {x.codes + at, x.starts[C::kStart] + at / (4 * C::kGroupQuads), x.sums + at / kBlockColumns,
-          x.scales + at / kBlockColumns};
+  const size_t group = at / (4 * C::kGroupQuads);
+  Rows rows{x.codes + at, nullptr, nullptr, x.scales + at / kBlockColumns};
+  if constexpr (C::kHasMinimum)
+    rows.sums = (C::kGroupQuads == 8 ? x.sums : x.half_sums) + group;
+  else
+    rows.starts = x.starts[type.start] + group;
+  return rows;
 }
 
 // A kernel's shape: kTokens rows of a bundle of kBundle, times kTiles tiles.
@@ -35,11 +46,11 @@ struct Shape {
 };
 
 template <class C, class S, int j>
-VEC void dot_pair(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Ints& acc) {
+VEC void dot_pair(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Ints& acc) {
   Pair codes[S::kTiles];
 #pragma GCC unroll 2
-  for (int n = 0; n < S::kTiles; n++) codes[n] = C::template pair<j>(tiles[n], g);
-  const int8_t* quads = rows.codes + (g * C::kGroupQuads + 2 * j) * S::kBundle * 4;
+  for (int n = 0; n < S::kTiles; n++) codes[n] = codes_of<C, j>(tiles[n], b, table);
+  const int8_t* quads = rows.codes + (b * 8 + 2 * j) * S::kBundle * 4;
 #pragma GCC unroll 8
   for (int t = 0; t < S::kTokens; t++) {
     const I quad = load_quad(quads + 4 * t);
@@ -54,29 +65,31 @@ VEC void dot_pair(const uint8_t* const* tiles, int g, const Rows& rows, typename
   }
 }
 
-// Integer dots of one group, as kMagicFloat + dot.
-template <class C, class S>
-VEC void dot_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Ints& acc) {
+// Integer dots of one group of block b, as kMagicFloat + dot.
+template <class C, class S, int kGroup>
+VEC void dot_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Ints& acc) {
+  const int g = b * (8 / C::kGroupQuads) + kGroup;
 #pragma GCC unroll 8
   for (int t = 0; t < S::kTokens; t++) {
-    const I start = isplat(rows.starts[g * S::kBundle + t]);
+    const I start = isplat(C::kHasMinimum ? kMagic : rows.starts[g * S::kBundle + t]);
 #pragma GCC unroll 2
     for (int n = 0; n < S::kTiles; n++) acc[t][n] = start;
   }
-  dot_pair<C, S, 0>(tiles, g, rows, acc);
-  dot_pair<C, S, 1>(tiles, g, rows, acc);
+  dot_pair<C, S, 2 * kGroup>(tiles, b, rows, table, acc);
+  dot_pair<C, S, 2 * kGroup + 1>(tiles, b, rows, table, acc);
   if constexpr (C::kGroupQuads == 8) {
-    dot_pair<C, S, 2>(tiles, g, rows, acc);
-    dot_pair<C, S, 3>(tiles, g, rows, acc);
+    dot_pair<C, S, 2>(tiles, b, rows, table, acc);
+    dot_pair<C, S, 3>(tiles, b, rows, table, acc);
   }
 }
 
-// block = float(dot) * scale of group g. That is fma(magic + dot, scale, -magic * scale): scales have at most 18
-// significant bits, so the last product is exact and the rounding is the same.
+// block = float(dot) * scale of the first group. That is fma(magic + dot, scale, -magic * scale): scales have at most
+// 18 significant bits, so the last product is exact and the rounding is the same.
 template <class C, class S>
-VEC void first_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
+VEC void first_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& block) {
+  const int g = b * (8 / C::kGroupQuads);
   typename S::Ints acc;
-  dot_group<C, S>(tiles, g, rows, acc);
+  dot_group<C, S, 0>(tiles, b, rows, table, acc);
 #pragma GCC unroll 2
   for (int n = 0; n < S::kTiles; n++) {
     const F scale = C::scale(tiles[n], g), offset = scale * splat(-kMagicFloat);
@@ -85,11 +98,12 @@ VEC void first_group(const uint8_t* const* tiles, int g, const Rows& rows, typen
   }
 }
 
-// block += float(dot) * scale of group g.
+// block += float(dot) * scale of the second group.
 template <class C, class S>
-VEC void next_group(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
+VEC void next_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& block) {
+  const int g = b * 2 + 1;
   typename S::Ints acc;
-  dot_group<C, S>(tiles, g, rows, acc);
+  dot_group<C, S, 1>(tiles, b, rows, table, acc);
 #pragma GCC unroll 2
   for (int n = 0; n < S::kTiles; n++) {
     const F scale = C::scale(tiles[n], g);
@@ -99,21 +113,26 @@ VEC void next_group(const uint8_t* const* tiles, int g, const Rows& rows, typena
   }
 }
 
+template <class C, class S>
+VEC void add_minimum(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
+#pragma GCC unroll 2
+  for (int n = 0; n < S::kTiles; n++) {
+    const F minimum = C::minimum(tiles[n], g);
+#pragma GCC unroll 8
+    for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(splat(rows.sums[g * S::kBundle + t]), minimum, block[t][n]);
+  }
+}
+
 // y += one block.
 template <class C, class S>
-VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, typename S::Floats& y) {
+VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& y) {
   constexpr int kGroups = 8 / C::kGroupQuads;
   typename S::Floats block;
-  first_group<C, S>(tiles, b * kGroups, rows, block);
-  if constexpr (kGroups == 2) next_group<C, S>(tiles, b * kGroups + 1, rows, block);
-  if constexpr (C::kHasMinimum) {
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) {
-      const F minimum = C::minimum(tiles[n], b);
-#pragma GCC unroll 8
-      for (int t = 0; t < S::kTokens; t++)
-        block[t][n] = fma(splat(rows.sums[b * S::kBundle + t]), minimum, block[t][n]);
-    }
+  first_group<C, S>(tiles, b, rows, table, block);
+  if constexpr (C::kHasMinimum) add_minimum<C, S>(tiles, b * kGroups, rows, block);
+  if constexpr (kGroups == 2) {
+    next_group<C, S>(tiles, b, rows, table, block);
+    if constexpr (C::kHasMinimum) add_minimum<C, S>(tiles, b * kGroups + 1, rows, block);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < S::kTokens; t++) {
@@ -134,8 +153,11 @@ VEC void prefetch_next_chunk(const uint8_t* const* tiles, int b) {
 
 // totals [tokens][32] += one chunk of tiles times the first rows of a bundle.
 template <class C, class S>
-void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x, int row, int column, float* totals) {
-  const Rows rows = bundle_at<C>(x, row, column);
+void multiply_chunk(const uint8_t* const* tiles, int columns, const Variant& type, const QuantRows& x, int row,
+                    int column, float* totals) {
+  const Rows rows = bundle_at<C>(x, type, row, column);
+  U table{};
+  if constexpr (C::kHasTable) table = load_table(type.table->bytes);
   typename S::Floats y;
 #pragma GCC unroll 8
   for (int t = 0; t < S::kTokens; t++)
@@ -143,7 +165,7 @@ void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x
     for (int n = 0; n < S::kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
   for (int b = 0; b < columns / kBlockColumns; b++) {
     if constexpr (C::kStreams && S::kTokens <= kFewTokens) prefetch_next_chunk<C, S>(tiles, b);
-    multiply_block<C, S>(tiles, b, rows, y);
+    multiply_block<C, S>(tiles, b, rows, table, y);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < S::kTokens; t++)
@@ -152,8 +174,8 @@ void multiply_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x
 }
 
 template <class C, int kTokens, int kTiles>
-void multiply_float_chunk(const uint8_t* const* tiles, int columns, const QuantRows& x, int row, int column,
-                          float* totals) {
+void multiply_float_chunk(const uint8_t* const* tiles, int columns, const Variant&, const QuantRows& x, int row,
+                          int column, float* totals) {
   F y[kTokens][kTiles];
   const float* values = x.values + static_cast<size_t>(row) * x.columns + column;
   for (int t = 0; t < kTokens; t++)
@@ -173,13 +195,15 @@ void multiply_float_chunk(const uint8_t* const* tiles, int columns, const QuantR
     for (int n = 0; n < kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
 }
 
-using ChunkFn = void (*)(const uint8_t* const*, int, const QuantRows&, int, int, float*);
+using ChunkFn = void (*)(const uint8_t* const*, int, const Variant&, const QuantRows&, int, int, float*);
 
 // One weight type's functions, by number of tiles and of tokens; `many` read unpacked chunks.
 struct TypeKernels {
   int (*chunk_bytes)(int columns);
-  int unpacked_bytes;  // 0: nothing to unpack, `few` serves any number of tokens
-  void (*unpack)(const uint8_t* source, int columns, uint8_t* tile);
+  Variant variant;
+  void (*unpack)(const uint8_t* source, int columns, const Table* table, uint8_t* tile);  // null: stored as floats
+  // One row of a tile chunk, as floats; it is unpacked first, where there is something to unpack.
+  void (*decode)(const uint8_t* tile, int columns, int zero_point, int lane, float* out);
   ChunkFn few[2][kFewTokens];
   ChunkFn many[2][kManyTokens];
 };
@@ -201,30 +225,93 @@ constexpr void fill_float(ChunkFn* out) {
   }
 }
 
+// One row of an unpacked tile chunk: scale * (code - zero point) + minimum.
+template <class Flat>
+void decode_row(const uint8_t* tile, int columns, int zero_point, int lane, float* out) {
+  for (int k = 0; k < columns; k++) {
+    const int g = k / (4 * Flat::kGroupQuads);
+    float scales[16], minima[16] = {};
+    store(scales, Flat::scale(tile, g));
+    if constexpr (Flat::kHasMinimum) store(minima, Flat::minimum(tile, g));
+    const int code = tile[Flat::kCodes + k / 4 * 64 + lane * 4 + k % 4] - zero_point;
+    const float product = scales[lane] * static_cast<float>(code);
+    out[k] = Flat::kHasMinimum ? product + minima[lane] : product;
+  }
+}
+
 template <class C>
-constexpr TypeKernels quant_kernels() {
-  TypeKernels k{&C::chunk_bytes, Unpacked<C>::kBytes, &Unpacked<C>::unpack, {}, {}};
+void decode_float_row(const uint8_t* tile, int columns, int, int lane, float* out) {
+  for (int k = 0; k < columns; k++) {
+    float row[16];
+    store(row, C::read(tile + k * kTileRows * C::kBytes));
+    out[k] = row[lane];
+  }
+}
+
+template <class C>
+constexpr TypeKernels quant_kernels(StartIndex start, const Table* table = nullptr) {
+  using Flat = UnpackedOf<C>;
+  TypeKernels k{&C::chunk_bytes, {start, table}, &unpack<C>, &decode_row<Flat>, {}, {}};
   fill_quant<C, 1, 0, kFewTokens>(k.few[0]);
   fill_quant<C, 2, 0, kFewTokens>(k.few[1]);
-  fill_quant<Unpacked<C>, 1, kManyTokens, kManyTokens>(k.many[0]);
-  fill_quant<Unpacked<C>, 2, kManyTokens, kManyTokens>(k.many[1]);
+  fill_quant<Flat, 1, kManyTokens, kManyTokens>(k.many[0]);
+  fill_quant<Flat, 2, kManyTokens, kManyTokens>(k.many[1]);
   return k;
 }
 
 template <class C>
 constexpr TypeKernels float_kernels() {
-  TypeKernels k{[](int columns) { return columns * kTileRows * C::kBytes; }, 0, nullptr, {}, {}};
+  TypeKernels k{[](int columns) { return columns * kTileRows * C::kBytes; },
+                {kNoStart, nullptr},
+                nullptr,
+                &decode_float_row<C>,
+                {},
+                {}};
   fill_float<C, 1, kFewTokens>(k.few[0]);
   fill_float<C, 2, kFewTokens>(k.few[1]);
   return k;
 }
 
+constexpr Table kNonlinear128 = make_table(kNonlinear, 128), kE2M1By16 = make_table(kE2M1, 16),
+                kE2M1By32 = make_table(kE2M1, 32), kTernaryShifted16 = make_table(kTernaryShifted, 16),
+                kTernaryShifted32 = make_table(kTernaryShifted, 32),
+                kThreeMagnitudes64 = make_table(kThreeMagnitudes, 64),
+                kEightMagnitudes64 = make_table(kEightMagnitudes, 64), kEightOdd16 = make_table(kEightOdd, 16);
+
 // In the order of WeightType.
 constexpr TypeKernels kTypes[kNumWeightTypes] = {
-    float_kernels<Float32>(), float_kernels<Float16>(), float_kernels<BFloat16>(), quant_kernels<Q4_0>(),
-    quant_kernels<Q4_1>(),    quant_kernels<Q5_0>(),    quant_kernels<Q5_1>(),     quant_kernels<Q8_0>(),
-    quant_kernels<Q4_K>(),    quant_kernels<Q5_K>(),    quant_kernels<Q6_K>(),
+    float_kernels<Float32>(),
+    float_kernels<Float16>(),
+    float_kernels<BFloat16>(),
+    quant_kernels<Symmetric<Bits::kFour>>(kStart8),
+    quant_kernels<Affine<Bits::kFour>>(kNoStart),
+    quant_kernels<Symmetric<Bits::kFive>>(kStart16),
+    quant_kernels<Affine<Bits::kFive>>(kNoStart),
+    quant_kernels<Symmetric<Bits::kEight>>(kStart128),
+    quant_kernels<SuperAffine<Bits::kFour>>(kNoStart),
+    quant_kernels<SuperAffine<Bits::kFive>>(kNoStart),
+    quant_kernels<Factored<Bits::kSix, 4>>(kHalf32),
+    quant_kernels<Symmetric<Bits::kFour, true>>(kStart128, &kNonlinear128),          // IQ4_NL
+    quant_kernels<Factored<Bits::kFour, 8, true, true>>(kStart128, &kNonlinear128),  // IQ4_XS
+    quant_kernels<Exponents>(kStart16, &kE2M1By16),                                  // MXFP4
+    quant_kernels<SmallFloats>(kHalf32, &kE2M1By32),                                 // NVFP4
+    quant_kernels<HalfBlockAffine>(kNoStart),                                        // Q2_K
+    quant_kernels<Factored<Bits::kThree, 4>>(kHalf4),                                // Q3_K
+    quant_kernels<Ternary>(kStart1),                                                 // TQ1_0
+    quant_kernels<Ternary>(kStart1),                                                 // TQ2_0
+    quant_kernels<Factored<Bits::kFour, 8, true>>(kStart16, &kTernaryShifted16),     // IQ1_S
+    quant_kernels<Factored<Bits::kFour, 4, true>>(kHalf32, &kTernaryShifted32),      // IQ1_M
+    quant_kernels<Factored<Bits::kFour, 8, true>>(kStart64, &kThreeMagnitudes64),    // IQ2_XXS
+    quant_kernels<Factored<Bits::kFour, 4, true>>(kHalf64, &kThreeMagnitudes64),     // IQ2_XS
+    quant_kernels<Factored<Bits::kFour, 4, true>>(kHalf64, &kThreeMagnitudes64),     // IQ2_S
+    quant_kernels<Factored<Bits::kFour, 8, true>>(kStart64, &kEightMagnitudes64),    // IQ3_XXS
+    quant_kernels<Factored<Bits::kFour, 8, true>>(kStart16, &kEightOdd16),           // IQ3_S
 };
+static_assert([] {
+  for (int i = 0; i < kNumWeightTypes; i++)
+    if (kTypes[i].variant.start != kStartOf[i]) return false;
+  return true;
+}());
 constexpr int kMaxUnpackedBytes = 64 * (kChunkColumns / 4) + 128 * 16;
 
 VEC int chunk_columns(int columns, int start) {
@@ -235,23 +322,24 @@ VEC int chunk_columns(int columns, int start) {
 void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, bool second, float* totals) {
   alignas(64) uint8_t unpacked[2][kMaxUnpackedBytes];
   const QuantRows& x = *args.x;
-  const bool unpack = k.unpacked_bytes && args.num_rows > kFewTokens;
-  const int max_tokens = unpack ? kManyTokens : kFewTokens;
-  const ChunkFn* functions = unpack ? k.many[num_tiles - 1] : k.few[num_tiles - 1];
+  const bool unpacks = k.unpack && args.num_rows > kFewTokens;
+  const int max_tokens = unpacks ? kManyTokens : kFewTokens;
+  const ChunkFn* functions = unpacks ? k.many[num_tiles - 1] : k.few[num_tiles - 1];
   const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
   const uint8_t* chunk = args.panel;
   for (int column = 0; column < x.columns; column += kChunkColumns) {
     const int columns = chunk_columns(x.columns, column);
     const uint8_t* tiles[2] = {chunk + (second ? a.chunk_bytes(columns) : 0), chunk + a.chunk_bytes(columns)};
     chunk += a.chunk_bytes(columns) + b.chunk_bytes(columns);
-    if (unpack)
+    if (unpacks)
       for (int n = 0; n < num_tiles; n++) {
-        k.unpack(tiles[n], columns, unpacked[n]);
+        k.unpack(tiles[n], columns, k.variant.table, unpacked[n]);
         tiles[n] = unpacked[n];
       }
     for (int row = 0; row < args.num_rows; row += max_tokens) {
       const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
-      functions[tokens - 1](tiles, columns, x, row, column, totals + static_cast<size_t>(row) * kPanelRows);
+      float* out = totals + static_cast<size_t>(row) * kPanelRows;
+      functions[tokens - 1](tiles, columns, k.variant, x, row, column, out);
     }
   }
 }
@@ -267,47 +355,20 @@ void multiply_panel(const PanelArgs& args) {
   }
 }
 
-// One row of a quantised tile chunk, as floats: scale * (code - zero point) + minimum.
-template <class C>
-void decode_row(const uint8_t* tile, int columns, int lane, float* out) {
-  alignas(64) uint8_t unpacked[kMaxUnpackedBytes];
-  using Flat = Unpacked<C>;
-  Flat::unpack(tile, columns, unpacked);
-  constexpr int kGroup = 4 * C::kGroupQuads, kShift = kStartShifts[C::kStart];
-  constexpr int kZero = kShift < 0 ? 0 : 1 << (kShift < 0 ? 0 : kShift);
-  for (int k = 0; k < columns; k++) {
-    float scales[16], minima[16];
-    store(scales, Flat::scale(unpacked, k / kGroup));
-    store(minima, C::kHasMinimum ? Flat::minimum(unpacked, k / kGroup) : splat(0.0f));
-    const int code = unpacked[Flat::kCodes + k / 4 * 64 + lane * 4 + k % 4] - kZero;
-    const float product = scales[lane] * static_cast<float>(code);
-    out[k] = C::kHasMinimum ? product + minima[lane] : product;
-  }
-}
-
-template <class C>
-void decode_float_row(const uint8_t* tile, int columns, int lane, float* out) {
-  for (int k = 0; k < columns; k++) {
-    float row[16];
-    store(row, C::read(tile + k * kTileRows * C::kBytes));
-    out[k] = row[lane];
-  }
-}
-
-using DecodeFn = void (*)(const uint8_t*, int, int, float*);
-constexpr DecodeFn kDecoders[kNumWeightTypes] = {
-    &decode_float_row<Float32>, &decode_float_row<Float16>, &decode_float_row<BFloat16>, &decode_row<Q4_0>,
-    &decode_row<Q4_1>,          &decode_row<Q5_0>,          &decode_row<Q5_1>,           &decode_row<Q8_0>,
-    &decode_row<Q4_K>,          &decode_row<Q5_K>,          &decode_row<Q6_K>,
-};
-
 // Row `lane` (0 to 31) of a panel whose tiles are of one type.
 void embed_row(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out) {
+  alignas(64) uint8_t unpacked[kMaxUnpackedBytes];
   const TypeKernels& k = kTypes[static_cast<int>(type)];
+  const StartIndex start = k.variant.start;
+  const int zero_point = start == kNoStart ? 0 : kStarts[start].zero_point;
   for (int column = 0; column < columns; column += kChunkColumns) {
-    const int width = chunk_columns(columns, column);
-    const int bytes = k.chunk_bytes(width);
-    kDecoders[static_cast<int>(type)](panel + (lane / kTileRows) * bytes, width, lane % kTileRows, out + column);
+    const int width = chunk_columns(columns, column), bytes = k.chunk_bytes(width);
+    const uint8_t* tile = panel + (lane / kTileRows) * bytes;
+    if (k.unpack) {
+      k.unpack(tile, width, k.variant.table, unpacked);
+      tile = unpacked;
+    }
+    k.decode(tile, width, zero_point, lane % kTileRows, out + column);
     panel += 2 * bytes;
   }
   for (int i = 0; i < columns; i += 16) store(out + i, load(out + i) * splat(scale));

@@ -11,8 +11,14 @@ constexpr int kChunkColumns = 256;
 constexpr int kPageTokens = 64;
 constexpr int kAttentionBlock = 512;  // positions of one softmax block
 
-enum class WeightType : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
-constexpr int kNumWeightTypes = 11;
+// clang-format off
+enum class WeightType : int {
+  F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
+  IQ4_NL, IQ4_XS, MXFP4, NVFP4, Q2_K, Q3_K, TQ1_0, TQ2_0,
+  IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S,
+};
+// clang-format on
+constexpr int kNumWeightTypes = 26;
 
 // How a page holds keys and values: float16, or int8 codes with a float16 scale per 32 columns of a head.
 enum class KvType : int { F16, Q8_0 };
@@ -21,20 +27,33 @@ enum class Activation : int { kSilu, kGeluTanh };
 
 constexpr int kBlockColumns = 32;  // columns that share an activation scale
 
-// Where an integer sum starts (see kMagic in matmul.inl), by zero point of the weights: none, 8, 16, 32, 128.
-constexpr int kNumStarts = 5;
-constexpr int kStartShifts[kNumStarts] = {-1, 3, 4, 5, 7};
-constexpr int kHalfBlockStart = 3;  // this one is kept per 16 columns: the weights' groups are half a block
+// Where integer sums start (see kMagic in elementwise.inl): the zero point of the weights times the codes of a group
+// of so many columns is taken off beforehand. Weights with a minimum have no zero point.
+struct Start {
+  int zero_point, columns;
+};
+constexpr int kNumStarts = 8;
+constexpr Start kStarts[kNumStarts] = {{8, 32}, {16, 32}, {128, 32}, {1, 32}, {64, 32}, {32, 16}, {4, 16}, {64, 16}};
+enum StartIndex : int { kStart8, kStart16, kStart128, kStart1, kStart64, kHalf32, kHalf4, kHalf64, kNoStart };
+
+// clang-format off: in the order of WeightType
+constexpr StartIndex kStartOf[kNumWeightTypes] = {
+    kNoStart, kNoStart, kNoStart, kStart8, kNoStart, kStart16, kNoStart, kStart128, kNoStart, kNoStart, kHalf32,
+    kStart128, kStart128, kStart16, kHalf32, kNoStart, kHalf4, kStart1, kStart1,
+    kStart16, kHalf32, kStart64, kHalf64, kHalf64, kStart64, kStart16,
+};
+// clang-format on
 
 // Rows of one quantised activation, in bundles of rows that a kernel multiplies at once: what it reads together stands
 // together. Columns are padded with zeros to a multiple of 64.
 struct QuantRows {
   int columns;
   int bundle_rows;
-  int8_t* codes;                // [bundles][columns / 4][bundle_rows][4]
-  float* scales;                // [bundles][columns / 32][bundle_rows]
-  float* sums;                  // alike: sums of the codes of a block, by which minima are multiplied
-  int32_t* starts[kNumStarts];  // alike, or columns / 16; null where no weight of the step has that zero point
+  int8_t* codes;     // [bundles][columns / 4][bundle_rows][4]
+  float* scales;     // [bundles][columns / 32][bundle_rows]
+  float* sums;       // alike: sums of the codes of a block, by which minima are multiplied
+  float* half_sums;  // [bundles][columns / 16][bundle_rows], or null unless a weight has minima per 16 columns
+  int32_t* starts[kNumStarts];  // by group of kStarts; null where no weight of the step reads it
   float* values;                // [rows][columns] before quantising; null unless a weight stored as floats reads it
 };
 

@@ -107,22 +107,30 @@ VEC void store(uint8_t* p, U x) {
   _mm256_storeu_si256(half, x.a);
   _mm256_storeu_si256(half + 1, x.b);
 }
-VEC U low_nibbles(U x) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-}
-VEC U high_nibbles(U x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-// code | ((plane >> kBit) & kMask) << 4
+// (x >> kBit) & kMask, byte by byte
 template <int kBit, int kMask>
+VEC U bits(U x) {
+  const __m256i mask = _mm256_set1_epi8(kMask);
+  return {_mm256_and_si256(_mm256_srli_epi16(x.a, kBit), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, kBit), mask)};
+}
+// code | ((plane >> kBit) & kMask) << kTo
+template <int kBit, int kMask, int kTo>
 VEC __m256i add_plane(__m256i code, __m256i plane) {
-  constexpr int kShift = kBit - 4;
+  constexpr int kShift = kBit - kTo;
   const __m256i moved = kShift >= 0 ? _mm256_srli_epi16(plane, kShift >= 0 ? kShift : 0)
                                     : _mm256_slli_epi16(plane, kShift < 0 ? -kShift : 0);
-  return _mm256_or_si256(code, _mm256_and_si256(moved, _mm256_set1_epi8(kMask << 4)));
+  return _mm256_or_si256(code, _mm256_and_si256(moved, _mm256_set1_epi8(kMask << kTo)));
 }
-template <int kBit, int kMask>
+template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
-  return {add_plane<kBit, kMask>(code.a, plane.a), add_plane<kBit, kMask>(code.b, plane.b)};
+  return {add_plane<kBit, kMask, kTo>(code.a, plane.a), add_plane<kBit, kMask, kTo>(code.b, plane.b)};
+}
+VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {table, table};
+}
+VEC U look_up(U table, U nibbles) {
+  return {_mm256_shuffle_epi8(table.a, nibbles.a), _mm256_shuffle_epi8(table.b, nibbles.b)};
 }
 
 }  // namespace

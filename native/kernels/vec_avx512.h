@@ -69,16 +69,23 @@ VEC I load_quad(const int8_t* p) {  // four codes, to every row
 
 VEC U load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 VEC void store(uint8_t* p, U x) { _mm512_storeu_si512(p, x.v); }
-VEC U low_nibbles(U x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-VEC U high_nibbles(U x) { return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))}; }
-// code | ((plane >> kBit) & kMask) << 4
+// (x >> kBit) & kMask, byte by byte
 template <int kBit, int kMask>
+VEC U bits(U x) {
+  return {_mm512_and_si512(_mm512_srli_epi16(x.v, kBit), _mm512_set1_epi8(kMask))};
+}
+// code | ((plane >> kBit) & kMask) << kTo
+template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
-  constexpr int kShift = kBit - 4;
+  constexpr int kShift = kBit - kTo;
   const __m512i moved = kShift >= 0 ? _mm512_srli_epi16(plane.v, kShift >= 0 ? kShift : 0)
                                     : _mm512_slli_epi16(plane.v, kShift < 0 ? -kShift : 0);
-  return {_mm512_ternarylogic_epi32(code.v, moved, _mm512_set1_epi8(kMask << 4), 0xF8)};
+  return {_mm512_ternarylogic_epi32(code.v, moved, _mm512_set1_epi8(kMask << kTo), 0xF8)};
 }
+VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
+  return {_mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+VEC U look_up(U table, U nibbles) { return {_mm512_shuffle_epi8(table.v, nibbles.v)}; }
 
 // acc + sum over the four columns of code * activation. kWide: codes may pass 127.
 template <bool kWide>

@@ -117,18 +117,28 @@ VEC U load_codes(const uint8_t* p) {
 VEC void store(uint8_t* p, U x) {
   for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, x.v[i]);
 }
-VEC U low_nibbles(U x) {
-  return each<U>([&](int i) { return vandq_u8(x.v[i], vdupq_n_u8(15)); });
+// x >> kBit, or << -kBit
+template <int kBit>
+VEC uint8x16_t shift(uint8x16_t x) {
+  if constexpr (kBit == 0) return x;
+  return vshlq_u8(x, vdupq_n_s8(-kBit));
 }
-VEC U high_nibbles(U x) {
-  return each<U>([&](int i) { return vshrq_n_u8(x.v[i], 4); });
-}
-// code | ((plane >> kBit) & kMask) << 4
+// (x >> kBit) & kMask, byte by byte
 template <int kBit, int kMask>
+VEC U bits(U x) {
+  return each<U>([&](int i) { return vandq_u8(shift<kBit>(x.v[i]), vdupq_n_u8(kMask)); });
+}
+// code | ((plane >> kBit) & kMask) << kTo
+template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
-  const int8x16_t shift = vdupq_n_s8(4 - kBit);  // to the left; to the right where it is below 0
   return each<U>(
-      [&](int i) { return vorrq_u8(code.v[i], vandq_u8(vshlq_u8(plane.v[i], shift), vdupq_n_u8(kMask << 4))); });
+      [&](int i) { return vorrq_u8(code.v[i], vandq_u8(shift<kBit - kTo>(plane.v[i]), vdupq_n_u8(kMask << kTo))); });
+}
+VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
+  return each<U>([=](int) { return vld1q_u8(p); });
+}
+VEC U look_up(U table, U nibbles) {
+  return each<U>([&](int i) { return vqtbl1q_u8(table.v[i], nibbles.v[i]); });
 }
 
 }  // namespace

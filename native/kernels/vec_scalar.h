@@ -156,19 +156,26 @@ VEC U load_codes(const uint8_t* p) {
   return x;
 }
 VEC void store(uint8_t* p, U x) { std::memcpy(p, x.v, sizeof x.v); }
-VEC U low_nibbles(U x) {
-  for (uint8_t& b : x.v) b &= 15;
-  return x;
-}
-VEC U high_nibbles(U x) {
-  for (uint8_t& b : x.v) b >>= 4;
-  return x;
-}
-// code | ((plane >> kBit) & kMask) << 4
+// (x >> kBit) & kMask, byte by byte
 template <int kBit, int kMask>
+VEC U bits(U x) {
+  for (uint8_t& b : x.v) b = b >> kBit & kMask;
+  return x;
+}
+// code | ((plane >> kBit) & kMask) << kTo
+template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
-  for (int i = 0; i < 64; i++) code.v[i] |= static_cast<uint8_t>((plane.v[i] >> kBit & kMask) << 4);
+  for (int i = 0; i < 64; i++) code.v[i] |= static_cast<uint8_t>((plane.v[i] >> kBit & kMask) << kTo);
   return code;
+}
+VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
+  U table;
+  for (int i = 0; i < 64; i++) table.v[i] = p[i % 16];
+  return table;
+}
+VEC U look_up(const U& table, U nibbles) {
+  for (uint8_t& b : nibbles.v) b = table.v[b];
+  return nibbles;
 }
 
 // acc + sum over the four columns of code * activation. kWide: codes may pass 127.

@@ -68,7 +68,8 @@ QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs
   rows.scales = allocate<float>(elements / kBlockColumns);
   rows.sums = allocate<float>(elements / kBlockColumns);
   for (int i = 0; i < kNumStarts; i++)
-    if (needs.starts[i]) rows.starts[i] = allocate<int32_t>(elements / (i == kHalfBlockStart ? 16 : kBlockColumns));
+    if (needs.starts[i]) rows.starts[i] = allocate<int32_t>(elements / static_cast<size_t>(kStarts[i].columns));
+  if (needs.half_sums) rows.half_sums = allocate<float>(elements / 16);
   if (needs.values) rows.values = allocate<float>(elements);
   return rows;
 }
@@ -92,7 +93,7 @@ void Executor::measure() {
   }
   const size_t num_buffers = program_.widths.size(),
                rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
-  arenas_.reserve(num_buffers + 12 * (workers_.size() + 1));
+  arenas_.reserve(num_buffers + 16 * (workers_.size() + 1));
   for (size_t i = 0; i < num_buffers; i++) {
     const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;
     const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it

@@ -78,9 +78,9 @@ class Executor {
   // `done`: what the thread did up to here.
   bool barrier(size_t step, int thread, Phase done) {
     if (!log_) [[likely]]
-      return pool_.barrier().arrive_and_wait(stop_);
+      return pool_.barrier().arrive_and_wait(thread, stop_);
     log_->mark(thread, step, done);
-    const bool stopped = pool_.barrier().arrive_and_wait(stop_);
+    const bool stopped = pool_.barrier().arrive_and_wait(thread, stop_);
     log_->mark(thread, step, Phase::kWait);
     return stopped;
   }

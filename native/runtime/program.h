@@ -22,33 +22,18 @@ struct Matrix {
   int padded_columns() const { return (columns + 63) / 64 * 64; }
 };
 
-// Which of QuantRows::starts and values some weights read.
+// Which of QuantRows::starts, half_sums and values some weights read.
 struct InputNeeds {
   bool starts[kNumStarts] = {};
-  bool values = false;
+  bool half_sums = false, values = false;
 
   void add(const Matrix& m) {
-    for (const WeightType type : {m.type_a, m.type_b}) switch (type) {
-        case WeightType::F32:
-        case WeightType::F16:
-        case WeightType::BF16:
-          values = true;
-          break;
-        case WeightType::Q4_0:
-          starts[1] = true;
-          break;
-        case WeightType::Q5_0:
-          starts[2] = true;
-          break;
-        case WeightType::Q6_K:
-          starts[kHalfBlockStart] = true;
-          break;
-        case WeightType::Q8_0:
-          starts[4] = true;
-          break;
-        default:
-          starts[0] = true;
-      }
+    for (const WeightType type : {m.type_a, m.type_b}) {
+      const StartIndex start = kStartOf[static_cast<int>(type)];
+      if (start != kNoStart) starts[start] = true;
+      half_sums |= type == WeightType::Q2_K;
+      values |= type == WeightType::F32 || type == WeightType::F16 || type == WeightType::BF16;
+    }
   }
 };
 

@@ -20,6 +20,9 @@ Range share(int count, int thread, int num_threads) {
 // From so many rows on a panel is long work, and threads take panels as they come.
 constexpr int kDynamicRows = 16;
 
+// Of few rows' panels, one in so many belongs to the tail.
+constexpr int kTailShare = 4;
+
 // Query rows (tokens x heads of a group) that one attention task takes: enough to share its reads of the pages.
 constexpr int kTileQueryRows = 24;
 
@@ -46,6 +49,7 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   rows.bundle_rows = bundle_rows(kernels_, num_rows);
   for (int i = 0; i < kNumStarts; i++)
     if (!needs.starts[i]) rows.starts[i] = nullptr;
+  if (!needs.half_sums) rows.half_sums = nullptr;
   if (!needs.values) rows.values = nullptr;
   const Range mine = redundant ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
   for (int i = mine.first; i < mine.last; i++) {
@@ -62,14 +66,19 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   return false;
 }
 
-// Few rows: a contiguous share of the panels, one stream of weights. Many: panels as they come.
+// Few rows: a contiguous share of the panels, one stream of weights, and a tail that is taken in small runs by who is
+// free: a slow core, or one that a neighbour holds, does less. Many: panels as they come.
 template <class Panel>
 void Executor::each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel) {
   if (num_rows >= kDynamicRows) {
     for (int i; (i = counters_[index].next.fetch_add(1, std::memory_order_relaxed)) < count;) panel(i);
   } else {
-    const Range mine = share(count, thread, pool_.num_threads());
+    const int num_threads = pool_.num_threads(), tail = num_threads > 1 ? count / kTailShare : 0;
+    const Range mine = share(count - tail, thread, num_threads);
     for (int i = mine.first; i < mine.last; i++) panel(i);
+    const int run = std::max(1, tail / (4 * num_threads));
+    for (int i; (i = count - tail + counters_[index].next.fetch_add(run, std::memory_order_relaxed)) < count;)
+      for (int j = i; j < std::min(count, i + run); j++) panel(j);
   }
 }
 

@@ -31,17 +31,30 @@ void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
 
 }  // namespace
 
-bool Barrier::arrive_and_wait(const std::atomic<bool>& stop) {
-  const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-    stopped_ = stop.load(std::memory_order_relaxed);
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    generation_.notify_all();
-  } else {
-    wait_while(generation_, generation);
+Barrier::Barrier(int num_threads) : groups_(static_cast<size_t>((num_threads + kGroupThreads - 1) / kGroupThreads)) {
+  for (int thread = 0; thread < num_threads; thread++)
+    groups_[static_cast<size_t>(thread / kGroupThreads)].num_threads++;
+}
+
+bool Barrier::arrive_and_wait(int thread, const std::atomic<bool>& stop) {
+  Group& mine = groups_[static_cast<size_t>(thread / kGroupThreads)];
+  const uint32_t generation = mine.generation.load(std::memory_order_relaxed);
+  if (mine.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < mine.num_threads) {
+    wait_while(mine.generation, generation);
+    return stopped_;
   }
-  return stopped_;
+  mine.arrived.store(0, std::memory_order_relaxed);  // before anyone can leave: all groups have to arrive first
+  if (arrived_groups_.fetch_add(1, std::memory_order_acq_rel) + 1 < groups_.size()) {
+    wait_while(mine.generation, generation);
+    return stopped_;
+  }
+  arrived_groups_.store(0, std::memory_order_relaxed);
+  const bool stopped = stopped_ = stop.load(std::memory_order_relaxed);
+  for (Group& group : groups_) {
+    group.generation.store(generation + 1);  // in one order with notify_all's look at who sleeps: no wake-up is lost
+    group.generation.notify_all();
+  }
+  return stopped;
 }
 
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) { start(); }
@@ -72,7 +85,7 @@ void ThreadPool::work(int thread) {
     if (quit_.load()) return;
     (*job_)(thread);
     static const std::atomic<bool> kNever{false};
-    barrier_.arrive_and_wait(kNever);
+    barrier_.arrive_and_wait(thread, kNever);
   }
 }
 
@@ -83,10 +96,10 @@ void ThreadPool::run(const std::function<void(int)>& job) {
   }
   static const std::atomic<bool> kNever{false};
   job_ = &job;
-  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.fetch_add(1);
   epoch_.notify_all();
   job(0);
-  barrier_.arrive_and_wait(kNever);
+  barrier_.arrive_and_wait(0, kNever);
 }
 
 }  // namespace isotherm

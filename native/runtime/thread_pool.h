@@ -9,17 +9,27 @@
 namespace isotherm {
 
 // Waiting is a short spin, then a sleep in the kernel: a busy neighbour on our core gets its turn.
+//
+// Two levels: threads meet in groups, and the last of each group for all of it, so that no cache line is written or
+// watched by more than kGroupThreads cores.
 class Barrier {
  public:
-  explicit Barrier(int num_threads) : num_threads_(num_threads) {}
+  static constexpr int kGroupThreads = 8;  // cores that share a last-level cache on many machines
+
+  explicit Barrier(int num_threads);
 
   // True on every thread once `stop` was set before the last one arrived, so that all leave together.
-  bool arrive_and_wait(const std::atomic<bool>& stop);
+  bool arrive_and_wait(int thread, const std::atomic<bool>& stop);
 
  private:
-  const int num_threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> generation_{0};
+  struct Group {
+    alignas(64) std::atomic<int> arrived{0};
+    int num_threads = 0;
+    alignas(64) std::atomic<uint32_t> generation{0};
+  };
+
+  std::vector<Group> groups_;
+  alignas(64) std::atomic<size_t> arrived_groups_{0};
   bool stopped_ = false;  // written by the last to arrive, read after the generation changed
 };
 

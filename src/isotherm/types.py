@@ -25,6 +25,21 @@ class QuantType(Enum):
     Q4_K = "Q4_K"
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
+    IQ4_NL = "IQ4_NL"
+    IQ4_XS = "IQ4_XS"
+    MXFP4 = "MXFP4"
+    NVFP4 = "NVFP4"
+    Q2_K = "Q2_K"
+    Q3_K = "Q3_K"
+    TQ1_0 = "TQ1_0"
+    TQ2_0 = "TQ2_0"
+    IQ1_S = "IQ1_S"
+    IQ1_M = "IQ1_M"
+    IQ2_XXS = "IQ2_XXS"
+    IQ2_XS = "IQ2_XS"
+    IQ2_S = "IQ2_S"
+    IQ3_XXS = "IQ3_XXS"
+    IQ3_S = "IQ3_S"
 
     @property
     def block_elements(self) -> int:
@@ -58,6 +73,21 @@ _BLOCKS: dict[QuantType, tuple[int, int]] = {
     QuantType.Q4_K: (256, 144),
     QuantType.Q5_K: (256, 176),
     QuantType.Q6_K: (256, 210),
+    QuantType.IQ4_NL: (32, 18),
+    QuantType.IQ4_XS: (256, 136),
+    QuantType.MXFP4: (32, 17),
+    QuantType.NVFP4: (64, 36),
+    QuantType.Q2_K: (256, 84),
+    QuantType.Q3_K: (256, 110),
+    QuantType.TQ1_0: (256, 54),
+    QuantType.TQ2_0: (256, 66),
+    QuantType.IQ1_S: (256, 50),
+    QuantType.IQ1_M: (256, 56),
+    QuantType.IQ2_XXS: (256, 66),
+    QuantType.IQ2_XS: (256, 74),
+    QuantType.IQ2_S: (256, 82),
+    QuantType.IQ3_XXS: (256, 98),
+    QuantType.IQ3_S: (256, 110),
 }
 
 

@@ -163,8 +163,13 @@ def extreme_blocks(quant_type: QuantType, num_rows: int, num_columns: int) -> St
     raw = rng.integers(0, 256, (num_rows, quant_type.row_bytes(num_columns)), np.uint8)
     raw[::3], raw[1::3] = 0xFF, 0x00
     blocks = raw.view(BLOCKS[quant_type])
+    halves = rng.uniform(-5e4, 5e4, blocks.shape).astype("<f2").view("<u2") >> rng.integers(0, 2) * 5
     for name in {"d", "m", "dmin"} & set(blocks.dtype.names or ()):
-        blocks[name] = rng.uniform(-5e4, 5e4, blocks.shape).astype("<f2").view("<u2") >> rng.integers(0, 2) * 5
+        blocks[name] = halves
+    if quant_type is QuantType.IQ1_M:  # a nibble of d above each of its scales
+        blocks["scales"] = (blocks["scales"] & 0x0FFF) | (halves[..., None] >> np.arange(0, 16, 4) & 15) << 12
+    if quant_type is QuantType.MXFP4:
+        blocks["e8m0"] = rng.integers(0, 150, blocks.shape) * rng.integers(0, 2, blocks.shape)  # 0 is subnormal
     return StoredTensor(quant_type, (num_rows, num_columns), raw)
 
 

@@ -17,7 +17,7 @@ from isotherm.types import QuantType
 LENGTH = 600  # past the first border of attention blocks
 LONG = 1100  # past the second
 SMALL = {"hidden_size": 64, "ffn_size": 96, "num_heads": 6, "head_dim": 16}
-THREADS = (1, 2, 3, 5)
+THREADS = (1, 2, 3, 5, 11)  # 11: two groups of the barrier
 NUM_PAGES = 14  # ten for the sequence, four for strangers
 
 

@@ -6,6 +6,7 @@ from sketch import (
     ISAS,
     MAX_TOKENS,
     Sketch,
+    StoredTensor,
     assert_equal,
     assert_equal_on_every_isa,
     chain,
@@ -21,7 +22,7 @@ from isotherm.types import QuantType
 FLOATS = tuple(t for t in QuantType if t.is_float)
 QUANTISED = tuple(t for t in QuantType if not t.is_float)
 # Columns: one line, not a multiple of 256, more than three chunks with a rest; K-quants come in 256 only.
-SHORT = {32: (64, 96, 576, 896), 256: (256, 768)}
+SHORT = {32: (64, 96, 576, 896), 64: (64, 576, 896), 256: (256, 768)}
 LINEAR_CASES = [(t, columns) for t in QUANTISED for columns in SHORT[t.block_elements]]
 LINEAR_CASES += [(t, columns) for t in FLOATS for columns in (16, 40, 100, 576)]
 PAIRS = [(t, t) for t in QuantType]
@@ -34,6 +35,11 @@ PAIRS += [
     (QuantType.F16, QuantType.Q4_0),
     (QuantType.Q8_0, QuantType.BF16),
     (QuantType.BF16, QuantType.F32),
+    (QuantType.IQ4_XS, QuantType.Q2_K),
+    (QuantType.IQ2_XXS, QuantType.IQ2_XS),
+    (QuantType.IQ3_XXS, QuantType.IQ3_S),
+    (QuantType.NVFP4, QuantType.MXFP4),
+    (QuantType.Q3_K, QuantType.TQ2_0),
 ]
 
 
@@ -62,6 +68,32 @@ def test_quant_linear_with_codes_and_scales_at_their_ends(quant_type: QuantType)
     assert_equal_on_every_isa(sketch.finish(y))
 
 
+@pytest.mark.parametrize("quant_type", QUANTISED)
+def test_weights_of_a_hostile_file(quant_type: QuantType) -> None:
+    """Any bytes, scales that are no numbers among them: what is finite is right, and what is not shows."""
+    rows, columns, num_tokens = 70, 256, 16
+    raw = np.random.default_rng(7).integers(0, 256, (rows, quant_type.row_bytes(columns)), np.uint8)
+    weight = StoredTensor(quant_type, (rows, columns), raw)
+    product, gathered = Sketch(), Sketch()
+    x = product.input(random_inputs(num_tokens, columns)[:3].repeat(num_tokens, axis=0)[:num_tokens])
+    selected, logits = product.value(columns), product.value(rows)
+    product.add(ops.SelectRows(selected, x))
+    projection = Projection(logits, product.stored("w", weight), None)
+    product.add(ops.QuantLinear(selected, None, (projection,), None))
+    embedded = gathered.value(columns)
+    gathered.add(ops.Embed(embedded, gathered.stored("w", weight), 1.0))
+    for finished, count in ((product.finish_after_head(logits), num_tokens), (gathered.finish(embedded), rows)):
+        with np.errstate(all="ignore"):
+            expected = finished.reference(chain(count, num_states=0))
+        finite = np.isfinite(expected)
+        assert finite.mean() > 0.2
+        for isa in ISAS:
+            with np.errstate(all="ignore"):
+                actual = finished.native(chain(count, num_states=0), isa)
+            np.testing.assert_array_equal(np.isfinite(actual), finite)
+            assert_equal(actual[finite], expected[finite], f"{quant_type.value} on {isa}")
+
+
 @pytest.mark.parametrize("rows", [2, 15, 16, 31, 32, 33, 64])
 def test_quant_linear_of_any_number_of_rows(rows: int) -> None:
     sketch = Sketch()
@@ -77,6 +109,9 @@ def test_quant_linear_of_any_number_of_rows(rows: int) -> None:
         (QuantType.Q4_K, QuantType.Q4_K, QuantType.Q6_K),
         (QuantType.Q5_0, QuantType.Q8_0, QuantType.F16),
         (QuantType.F32, QuantType.Q4_1, QuantType.BF16),
+        (QuantType.Q2_K, QuantType.Q3_K, QuantType.IQ4_XS),
+        (QuantType.MXFP4, QuantType.NVFP4, QuantType.IQ2_XXS),
+        (QuantType.Q2_K, QuantType.Q4_K, QuantType.TQ1_0),
     ],
 )
 def test_quant_linear_of_three_with_norm_and_bias(types: tuple[QuantType, ...]) -> None:
@@ -122,7 +157,7 @@ def test_quant_linear_with_residual(rows: int) -> None:
 @pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize(("gate", "up"), PAIRS)
 def test_quant_glu(gate: QuantType, up: QuantType, activation: Activation) -> None:
-    columns = 512 if max(gate.block_elements, up.block_elements) == 256 else 96
+    columns = {32: 96, 64: 192, 256: 512}.get(max(gate.block_elements, up.block_elements), 96)
     rows = 40  # ends inside a tile of the pair
     sketch = Sketch()
     x = sketch.input(random_inputs(MAX_TOKENS, columns))
@@ -159,7 +194,7 @@ def test_add_norm_and_add(width: int, with_norm: bool) -> None:
 @pytest.mark.parametrize("quant_type", list(QuantType))
 def test_embed(quant_type: QuantType) -> None:
     """Every row of two panels and a rest, each type decoded to the last bit and scaled."""
-    rows, columns = 70, 256 if quant_type.block_elements == 256 else 96
+    rows, columns = 70, {64: 192, 256: 256}.get(quant_type.block_elements, 96)
     sketch = Sketch()
     y = sketch.value(columns)
     sketch.add(ops.Embed(y, sketch.matrix("embed", quant_type, rows, columns), 0.0625 * np.sqrt(columns)))

@@ -42,7 +42,7 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_threads", [1, 3, 11])
 def test_ctrl_c_stops_a_forward_and_leaves_it_usable(tmp_path: Path, num_threads: int) -> None:
     model = make_tiny(tmp_path, "llama", QuantType.F32, num_layers=12)
     compiled = model.native("scalar", num_threads)

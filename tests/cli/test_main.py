@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from tiny_models import write_tiny
 
@@ -24,7 +25,7 @@ Capture = pytest.CaptureFixture[str]
 
 ISOTHERM = [sys.executable, "-m", "isotherm"]
 TIMEOUT_S = 60.0
-SETTLE_S = 0.3  # readline misses a Ctrl-C between its prompt and its wait
+GLANCE_S = 0.05
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 HEAVY = ("numpy", "rich", "jinja2", "huggingface_hub", "tokenizers", "psutil", "isotherm._native", "pydantic")
 
@@ -33,6 +34,14 @@ HEAVY = ("numpy", "rich", "jinja2", "huggingface_hub", "tokenizers", "psutil", "
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(Path(isotherm.__file__).parents[1])  # the package that is under test, installed or not
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as at a terminal, for children too; a shell that runs us in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -212,16 +221,28 @@ class _Terminal:
             os.execv(ISOTHERM[0], [*ISOTHERM, *arguments])
         self._seen = b""
 
-    def wait_for(self, text: bytes) -> None:
-        """Reads until `text` was shown, which must come."""
+    def wait_for(self, text: bytes) -> bytes:
+        """Reads until `text` was shown, which must come; what was shown before it."""
         while text not in self._seen:
             more = self._read()
             assert more, self._seen[-500:]
             self._seen += more
-        self._seen = self._seen.partition(text)[2]
+        before, _, self._seen = self._seen.partition(text)
+        return before
+
+    def wait_for_prompt(self) -> bytes:
+        """And until the program sleeps: readline misses a Ctrl-C between its prompt and its wait for a key."""
+        before = self.wait_for(b">>> ")
+        process, deadline = psutil.Process(self.process_id), time.monotonic() + TIMEOUT_S
+        is_asleep = False
+        while not is_asleep:
+            assert time.monotonic() < deadline, process.status()
+            num_switches = process.num_ctx_switches()
+            time.sleep(GLANCE_S)
+            is_asleep = process.status() == psutil.STATUS_SLEEPING and process.num_ctx_switches() == num_switches
+        return before
 
     def type(self, keys: bytes) -> None:
-        time.sleep(SETTLE_S)
         os.write(self._handle, keys)
 
     def exit_code(self) -> int:
@@ -246,25 +267,25 @@ def test_chat_at_a_terminal(tiny: str) -> None:
     """Ctrl-C stops the answer only; twice at the prompt it ends."""
     terminal = _Terminal("chat", tiny)
     terminal.wait_for(b"/help for help")
-    terminal.wait_for(b">>> ")
+    terminal.wait_for_prompt()
     terminal.type(b"the\r")
     terminal.wait_for(b"the\r\n")
     terminal.wait_for("\N{REPLACEMENT CHARACTER}".encode())  # noise is seldom UTF-8
     terminal.type(b"\x03")
-    terminal.wait_for(b">>> ")
+    assert b"tokens is full" not in terminal.wait_for_prompt()  # a full context ends an answer, too
     terminal.type(b"/set\r")
     terminal.wait_for(b"verbose off")
-    terminal.wait_for(b">>> ")
+    terminal.wait_for_prompt()
     terminal.type(b"\x03")
     terminal.wait_for(b"Ctrl-C again")
-    terminal.wait_for(b">>> ")
+    terminal.wait_for_prompt()
     terminal.type(b"\x03")
     assert terminal.exit_code() == 0
 
 
 def test_ctrl_d_ends_the_chat(tiny: str) -> None:
     terminal = _Terminal("chat", tiny)
-    terminal.wait_for(b">>> ")
+    terminal.wait_for_prompt()
     terminal.type(b"\x04")
     assert terminal.exit_code() == 0
 

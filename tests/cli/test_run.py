@@ -23,7 +23,9 @@ def test_answer_goes_to_stdout_with_a_line_end(fake: FakeModel, capsys: Capture)
 
 
 def test_flags_reach_loader_and_sampler(fake: FakeModel) -> None:
-    flags = "--ctx 99 --threads 3 --backend reference --cache-gib 0 --offline -n 7 --temperature 0.5 --top-k 4"
+    flags = (
+        "--ctx 99 --kv q8_0 --threads 3 --backend reference --cache-gib 0 --offline -n 7 --temperature 0.5 --top-k 4"
+    )
     more = "--top-p 0.9 --min-p 0.1 --repeat-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3"
     rest = "--penalty-tokens 8 --seed 18446744073709551615 --stop . --stop ! --raw"
     assert main(["run", "m", "Hi", *flags.split(), *more.split(), *rest.split()]) == 0
@@ -35,6 +37,7 @@ def test_flags_reach_loader_and_sampler(fake: FakeModel) -> None:
         "backend": "reference",
         "cache_bytes": 0,
         "offline": True,
+        "kv": "q8_0",
     }
     asked = fake.asked[0]
     assert (asked.max_tokens, asked.stop, asked.raw) == (7, (".", "!"), True)

@@ -97,3 +97,18 @@ def test_peers_that_are_not_here_are_left_out_by_name(tmp_path: Path, monkeypatc
         assert record["machine"]["cpu_name"]
         assert record["commit"]
         assert str(Path.home()) not in json.dumps(record)
+
+
+def test_every_weight_type_is_measured(tmp_path: Path) -> None:
+    types = ("Q4_0", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "IQ1_M", "F16")
+    sizes = ("--megabytes", "1", "--rows", "7", "--matrix-rows", "40", "--columns", "256", "-r", "2", "-t", "1")
+    run = run_script("weight_types.py", "--types", ",".join(types), *sizes, "--results", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["type", *types]
+    (file,) = tmp_path.iterdir()
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [record["type"] for record in records] == list(types)
+    for record in records:
+        assert len(record["read_bytes_per_s"]) == len(record["ops_per_s"]) == 2
+        assert min(record["read_bytes_per_s"] + record["ops_per_s"]) > 0
+    assert [record["bits_per_weight"] for record in records] == [4.5, 4.375, 4.25, 4.5, 2.625, 4.625, 16]

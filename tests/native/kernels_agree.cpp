@@ -94,7 +94,7 @@ std::string text(const Parts&... parts) {
 struct Rows {  // owns what a QuantRows points to
   QuantRows view{};
   std::vector<int8_t> codes;
-  std::vector<float> scales, sums, values;
+  std::vector<float> scales, sums, half_sums, values;
   std::vector<int32_t> starts[kNumStarts];
 
   Rows(const KernelTable& table, int num_rows, int columns) {
@@ -104,10 +104,12 @@ struct Rows {  // owns what a QuantRows points to
     codes.resize(elements);
     scales.resize(elements / kBlockColumns);
     sums.resize(elements / kBlockColumns);
+    half_sums.resize(elements / 16);
     values.resize(elements);
     view.codes = codes.data();
     view.scales = scales.data();
     view.sums = sums.data();
+    view.half_sums = half_sums.data();
     view.values = values.data();
     for (int i = 0; i < kNumStarts; i++) {
       starts[i].resize(elements / 16);
@@ -157,9 +159,9 @@ void run_quantise(const KernelTable& table, Random& random, Outputs& out) {
       out.add_integers(name + "codes", of_row(x, x.codes, r, columns, 4));
       out.add(name + "scales", of_row(x, x.scales, r, columns / kBlockColumns, 1));
       out.add(name + "sums", of_row(x, x.sums, r, columns / kBlockColumns, 1));
+      out.add(name + "half_sums", of_row(x, x.half_sums, r, columns / 16, 1));
       for (int i = 0; i < kNumStarts; i++)
-        out.add_integers(name + "starts",
-                         of_row(x, x.starts[i], r, columns / (i == kHalfBlockStart ? 16 : kBlockColumns), 1));
+        out.add_integers(name + "starts", of_row(x, x.starts[i], r, columns / kStarts[i].columns, 1));
       out.add(name + "values", x.values + static_cast<size_t>(r) * columns, static_cast<size_t>(columns));
     }
   }
@@ -198,7 +200,7 @@ void run_multiply(const KernelTable& table, Random& random, Outputs& out) {
     multiply(type, type, 13, 512, true);
     multiply(type, type, 2, 64, false);
     for (int other = 0; other < kNumWeightTypes; other++)
-      if (other != type) multiply(type, other, 1 + random.below(5), 320, true);
+      if (other != type && random.below(4) == 0) multiply(type, other, 1 + random.below(5), 320, true);
   }
 }
 
@@ -254,21 +256,21 @@ void run_elementwise(const KernelTable& table, Random& random, Outputs& out) {
 
 // --- attention ---
 
-void run_attention(const KernelTable& table, Random& random, Outputs& out, int head_dim, int group, int num_tokens,
-                   int first_position, int window) {
+void run_attention(const KernelTable& table, Random& random, Outputs& out, KvType type, int head_dim, int group,
+                   int num_tokens, int first_position, int window) {
   const int length = first_position + num_tokens, num_pages = (length + kPageTokens - 1) / kPageTokens;
-  const size_t page_stride = static_cast<size_t>(2 * kPageTokens * head_dim);
-  const std::string name =
-      text("head_dim", head_dim, "group", group, "tokens", num_tokens, "from", first_position, "window", window);
+  const size_t page_stride = 2 * kv_half_bytes(type, head_dim);
+  const std::string name = text(type == KvType::F16 ? "float16" : "q8_0", "head_dim", head_dim, "group", group,
+                                "tokens", num_tokens, "from", first_position, "window", window);
   std::vector<int32_t> pages(static_cast<size_t>(num_pages));
   for (int i = 0; i < num_pages; i++) pages[static_cast<size_t>(i)] = num_pages - 1 - i;
-  std::vector<uint16_t> kv(static_cast<size_t>(num_pages) * page_stride);
+  std::vector<uint8_t> kv(static_cast<size_t>(num_pages) * page_stride);
   for (int position = 0; position < length; position++) {
     auto k = random.numbers(static_cast<size_t>(head_dim), 2.0f), v = random.numbers(static_cast<size_t>(head_dim));
     if (position % 50 == 7)
       k[0] = kNotANumber, k[1] = 1e9f, k[2] = -kInfinity, v[3] = 0x1p-24f, v[4] = 0x1.8p-25f, v[5] = 65520.0f;
     const auto page = static_cast<size_t>(pages[static_cast<size_t>(position / kPageTokens)]);
-    table.append(k.data(), v.data(), head_dim, position % kPageTokens, kv.data() + page * page_stride);
+    table.append(type, k.data(), v.data(), head_dim, position % kPageTokens, kv.data() + page * page_stride);
   }
   out.add_integers(name + "append", kv);
 
@@ -276,8 +278,8 @@ void run_attention(const KernelTable& table, Random& random, Outputs& out, int h
   const auto q = random.numbers(num_tokens * token_stride);
   std::vector<float> y(num_tokens * token_stride), merged(y.size());
   std::vector<float> scratch(attend_scratch_floats(static_cast<int>(rows), head_dim));
-  const AttendArgs args{q.data(), y.data(), token_stride, num_tokens, group,       head_dim,      first_position,
-                        window,   0.125f,   pages.data(), kv.data(),  page_stride, scratch.data()};
+  const AttendArgs args{q.data(), y.data(), token_stride, num_tokens, group,     head_dim,    first_position,
+                        window,   0.125f,   pages.data(), type,       kv.data(), page_stride, scratch.data()};
   table.attend(args);
   out.add(name + "attend", y);
 
@@ -300,11 +302,13 @@ Outputs run(const KernelTable& table) {
   run_multiply(table, random, out);
   run_embed(table, random, out);
   run_elementwise(table, random, out);
-  run_attention(table, random, out, 64, 3, 1, 0, 0);
-  run_attention(table, random, out, 64, 1, 1, 1100, 0);
-  run_attention(table, random, out, 128, 4, 3, 509, 0);
-  run_attention(table, random, out, 80, 2, 7, 600, 100);
-  run_attention(table, random, out, 256, 4, 2, 30, 16);
+  for (const KvType type : {KvType::F16, KvType::Q8_0}) {
+    run_attention(table, random, out, type, 64, 3, 1, 0, 0);
+    run_attention(table, random, out, type, 64, 1, 1, 1100, 0);
+    run_attention(table, random, out, type, 128, 4, 3, 509, 0);
+    run_attention(table, random, out, type, 80, 2, 7, 600, 100);
+    run_attention(table, random, out, type, 256, 4, 2, 30, 16);
+  }
   return out;
 }
 

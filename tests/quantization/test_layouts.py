@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isotherm.quantization.codebooks import scattered_half
 from isotherm.quantization.layouts import (
     BLOCKS,
     CODE_BITS,
     F32,
     U8,
+    VALUES,
     decode,
     dequantise,
     repack_codes,
@@ -24,12 +26,14 @@ from isotherm.quantization.layouts import (
     unpack_scales,
     view_blocks,
 )
+from isotherm.quantization.p32 import TRANSCODED
 from isotherm.types import QuantType
 
 SHARED = Path(os.environ.get("ISOTHERM_SHARED", Path(__file__).parents[3] / "shared"))
 # Together they have F32, Q4_1, Q8_0; Q5_0, Q4_K, Q6_K. The gguf package reads the second one's vocabulary slowly.
 MODELS = ("smollm2-135m", pytest.param("qwen2.5-coder-0.5b", marks=pytest.mark.slow))
 QUANTISED = tuple(CODE_BITS)
+GROUPS_OF_16 = [QuantType[name] for name in ("Q6_K", "NVFP4", "Q2_K", "Q3_K", "IQ1_M", "IQ2_XS", "IQ2_S")]
 HALF_FIELDS = ("d", "m", "dmin")
 # zero, minus zero, the smallest and the largest denormal, the smallest normal, the largest
 EDGE_HALVES = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF], "<u2")
@@ -52,6 +56,9 @@ def random_rows(quant_type: QuantType, num_rows: int, num_blocks: int, seed: int
         edges = rng.random(halves.shape) < 0.3
         halves[edges] = rng.choice(EDGE_HALVES, int(edges.sum()))
         blocks[name] = halves
+    if quant_type is QuantType.IQ1_M:  # the top nibbles of its scales are a float16
+        infinite = (scattered_half(blocks) & 0x7C00) == 0x7C00
+        blocks["scales"][infinite] ^= np.array([0, 0, 0, 0x4000], "<u2")
     return raw
 
 
@@ -85,11 +92,11 @@ def test_decoded_fields_rebuild_the_values(quant_type: QuantType, num_rows: int,
     num_columns = num_blocks * quant_type.block_elements
     fields = decode(raw, quant_type, num_columns)
     assert fields.codes.shape == (num_rows, num_columns)
-    assert fields.codes.max() < 1 << CODE_BITS[quant_type]
-    assert fields.group_size == (16 if quant_type is QuantType.Q6_K else 32)
+    assert quant_type in VALUES or fields.codes.max() < 1 << CODE_BITS[quant_type]
+    assert fields.group_size == (16 if quant_type in GROUPS_OF_16 else 32)
     assert fields.scale.shape == (num_rows, num_columns // fields.group_size)
     assert fields.scale.dtype == np.float32
-    has_minimum = quant_type in (QuantType.Q4_1, QuantType.Q5_1, QuantType.Q4_K, QuantType.Q5_K)
+    has_minimum = quant_type.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K", "Q2_K")
     assert (fields.minimum is not None) == has_minimum
     wide = np.repeat(fields.scale.astype(np.float64), fields.group_size, axis=1)
     values = wide * (fields.codes.astype(np.float64) - fields.zero_point)  # exact: 17 bits times 8
@@ -103,7 +110,10 @@ def test_decoded_fields_rebuild_the_values(quant_type: QuantType, num_rows: int,
 
 @pytest.mark.parametrize(
     ("quant_type", "zero_point"),
-    [(QuantType.Q4_0, 8), (QuantType.Q5_0, 16), (QuantType.Q6_K, 32), (QuantType.Q8_0, 128), (QuantType.Q4_K, 0)],
+    [
+        *((QuantType.Q4_0, 8), (QuantType.Q5_0, 16), (QuantType.Q6_K, 32), (QuantType.Q8_0, 128), (QuantType.Q4_K, 0)),
+        *((QuantType.Q2_K, 0), (QuantType.Q3_K, 4), (QuantType.TQ2_0, 1), (QuantType.MXFP4, 16)),
+    ],
 )
 def test_zero_points(quant_type: QuantType, zero_point: int) -> None:
     raw = np.zeros((1, quant_type.block_bytes), np.uint8)
@@ -119,7 +129,36 @@ def test_scales_of_k_types_are_exact_products(quant_type: QuantType) -> None:
     np.testing.assert_array_equal(fields.scale.astype(np.float64), (halves * factors).reshape(8, -1))
 
 
-@given(quant_type=quantised, num_rows=st.integers(1, 5), num_blocks=st.integers(1, 4), seed=seeds)
+@pytest.mark.parametrize("quant_type", QUANTISED)
+def test_codes_and_scales_fit_the_kernels(quant_type: QuantType) -> None:
+    """Scales times 1.5 * 2**23 are exact, up to 2**105, and codes pass 127 only where it is known."""
+    fields = decode(random_rows(quant_type, 16, 8, 5), quant_type, 8 * quant_type.block_elements)
+    scale = fields.scale[np.abs(fields.scale) < 2.0**105]
+    np.testing.assert_array_equal(scale * np.float32(3 * 2**22), scale.astype(np.float64) * 3 * 2**22)
+    wide = quant_type in (QuantType.Q8_0, QuantType.IQ4_NL, QuantType.IQ4_XS)
+    assert (fields.codes.max() > 127) == wide
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_every_scale_of_the_float_formats(byte: int) -> None:
+    for quant_type, head in ((QuantType.MXFP4, 1), (QuantType.NVFP4, 4)):
+        raw = np.full((1, quant_type.block_bytes), 0x62, np.uint8)
+        raw[:, :head] = byte
+        values = dequantise(raw, quant_type, quant_type.block_elements)
+        np.testing.assert_array_equal(bits(values), bits(reference(raw, quant_type)))
+
+
+@pytest.mark.parametrize("quant_type", [t for t in QUANTISED if t.name.startswith("IQ") and t.name[2] in "123"])
+def test_every_pattern_of_a_grid(quant_type: QuantType) -> None:
+    """All bits of the fields that choose patterns and signs, thousands of blocks of them."""
+    raw = random_rows(quant_type, 64, 64, 6)
+    np.testing.assert_array_equal(bits(dequantise(raw, quant_type, 64 * 256)), bits(reference(raw, quant_type)))
+
+
+reversible = st.sampled_from([quant_type for quant_type in QUANTISED if quant_type not in TRANSCODED])
+
+
+@given(quant_type=reversible, num_rows=st.integers(1, 5), num_blocks=st.integers(1, 4), seed=seeds)
 def test_codes_go_back_to_the_same_bytes(quant_type: QuantType, num_rows: int, num_blocks: int, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (num_rows, num_blocks * quant_type.block_bytes), np.uint8)
     blocks = view_blocks(raw, quant_type, num_blocks * quant_type.block_elements)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -179,6 +180,42 @@ def test_an_attack_ends_in_a_template_error(attacks: dict[str, tuple[str, float]
     outcome, time_s = attacks[name]
     assert outcome == "TemplateError"
     assert time_s < _MAX_ATTACK_S
+
+
+def nests_too_deep(source: str) -> bool:
+    try:
+        ChatTemplate(source, "", "").render([])
+    except TemplateError as error:
+        if "nests more than 100 deep in line 1: refused" not in str(error):
+            raise
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("before", "start", "end", "after", "num_allowed"),
+    [
+        ("{% if 0 %}", "{% elif 0 %}", "", "{% endif %}", 97),
+        ("", "{% if 0 %}" + "{% elif 0 %}" * 3, "{% endif %}", "", 19),
+        ("", "{% set a %}", "{% endset %}", "", 99),
+        ("{{ ", "not ", "", "1 }}", 98),
+        ("{% if 0 %}{{ a", ".x", "", "}}{% endif %}", 97),
+        ("{{ ", "1 if 0 else ", "", "2 }}", 98),
+    ],
+)
+def test_nesting_has_the_same_limit_on_each_python(
+    before: str, start: str, end: str, after: str, num_allowed: int
+) -> None:
+    sources = [before + start * num + end * num + after for num in (num_allowed, num_allowed + 1)]
+    assert [nests_too_deep(source) for source in sources] == [False, True]
+
+
+@pytest.mark.parametrize("deep", ["a" + ".x" * 95, "-" * 95 + "a", "a" + " and a" * 95, "a" + "[a]" * 90])
+def test_compiling_takes_no_time_either(deep: str) -> None:
+    source = ("{% if 0 %}{{ " + deep + " }}{% endif %}") * (32 * 1024 // (len(deep) + 32))
+    start_s = time.process_time()
+    assert ChatTemplate(source, "", "").render([]) == ""
+    assert time.process_time() - start_s < _MAX_ATTACK_S
 
 
 def test_a_long_chat_is_no_attack(llama_models: Path) -> None:

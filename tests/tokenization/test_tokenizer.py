@@ -293,6 +293,7 @@ def test_an_id_outside_the_vocabulary_is_refused() -> None:
         ({"pre": "martian"}, UnsupportedModel, "qwen2"),
         ({"tokens": ()}, ModelFileError, "empty"),
         ({"token_types": (1,)}, ModelFileError, "token types"),
+        ({"token_types": (256,) * 256}, ModelFileError, "token type"),
         ({"scores": (1.0,)}, ModelFileError, "scores"),
         ({"scores": (float("nan"),) * 256}, ModelFileError, "not a number"),
         ({"tokens": ("a",) * 256}, ModelFileError, "twice"),

@@ -45,7 +45,7 @@ MIN_ALIGNMENT = 8
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
 
-_FIRST_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1  # key length, key, kind, value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, number of dims, one dim, type, offset
 
@@ -90,10 +90,16 @@ class _Cursor:
 
     def __init__(self, part: PartFile) -> None:
         self.part = part
-        self.position = 0
-        self._buffer = b""
+        self._buffer = b""  # of the file, from _start on
+        self._start = 0
+        self._offset = 0  # of the next value in _buffer
+        self._sha256 = hashlib.sha256()  # of what came before _buffer
         self._num_strings = 0
         self._num_arrays = 0
+
+    @property
+    def position(self) -> int:
+        return self._start + self._offset
 
     def fail(self, what: str, found: object, expected: str) -> NoReturn:
         raise ModelFileError(
@@ -103,22 +109,25 @@ class _Cursor:
 
     def need(self, num_bytes: int, what: str) -> None:
         """Have `num_bytes` more bytes in the buffer; refuse where the file does not have them."""
-        end = self.position + num_bytes
-        if end <= len(self._buffer):
+        if self._offset + num_bytes <= len(self._buffer):
             return
+        end = self.position + num_bytes
         if end > self.part.num_bytes:
             self.fail(what, f"{self.part.num_bytes - self.position} bytes to the end of the file", f"{num_bytes} bytes")
         if end > MAX_HEADER_BYTES:
             self.fail(what, f"a header of {end} bytes or more", f"at most {MAX_HEADER_BYTES} bytes")
-        # Doubling keeps copying linear, and never reads much past what was asked for.
-        target = min(self.part.num_bytes, max(end, 2 * len(self._buffer), _FIRST_READ_BYTES))
-        self._buffer += self.part.read(len(self._buffer), target - len(self._buffer)).tobytes()
+        self._sha256.update(memoryview(self._buffer)[: self._offset])
+        kept = self._buffer[self._offset :]
+        self._start, self._offset = self.position, 0
+        loaded = self._start + len(kept)
+        target = min(self.part.num_bytes, max(end, loaded + _READ_BYTES))
+        self._buffer = b"".join((kept, self.part.read(loaded, target - loaded).data))
 
     def take(self, num_bytes: int, what: str) -> bytes:
         self.need(num_bytes, what)
-        start = self.position
-        self.position = start + num_bytes
-        return self._buffer[start : self.position]
+        start = self._offset
+        self._offset = start + num_bytes
+        return self._buffer[start : self._offset]
 
     def scalar(self, kind: int, what: str) -> bool | int | float:
         form, dtype = SCALAR_KINDS[kind]
@@ -155,10 +164,7 @@ class _Cursor:
         values: list[str] = []
         while len(values) < count:
             # what stops this early, `string` below meets again: it loads more bytes, or says what is wrong
-            some, self.position = _native.read_strings(
-                self._buffer, self.position, count - len(values), MAX_STRING_BYTES
-            )
-            values += some
+            self._offset = _native.read_strings(self._buffer, self._offset, count, MAX_STRING_BYTES, values)
             if len(values) < count:
                 values.append(self.string(what))
         return tuple(values)
@@ -199,7 +205,10 @@ class _Cursor:
         return numbers.view(np.bool_)
 
     def sha256(self) -> str:
-        return hashlib.sha256(self._buffer[: self.position]).hexdigest()
+        """Of all that was read."""
+        whole = self._sha256.copy()
+        whole.update(memoryview(self._buffer)[: self._offset])
+        return whole.hexdigest()
 
 
 def _read_version(cursor: _Cursor) -> int:
@@ -262,7 +271,7 @@ def _tensor_type(cursor: _Cursor, type_id: int, what: str) -> QuantType:
             f"{cursor.part.path}: {what} has type {type_id}, which is unknown here; "
             "the file is damaged, or newer than this version"
         )
-    supported = ", ".join(quant_type.value for quant_type in TENSOR_TYPES.values())
+    supported = ", ".join(quant_type.value for quant_type in QuantType)
     raise UnsupportedModel(
         f"{cursor.part.path}: {what} is stored as {UNSUPPORTED_TENSOR_TYPES[type_id]}, which is not supported; "
         f"supported are {supported}: fetch the Q4_K_M file of this model, say"

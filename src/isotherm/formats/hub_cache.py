@@ -18,7 +18,9 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _HUB_NAME = re.compile(rf"(?P<repo>{_WORD}/{_WORD})(?::(?P<choice>[^:\\\s][^:\\]*))?")
 _SAFE_FILE = re.compile(r"[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
-_QUANT = re.compile(r"(?<![A-Za-z0-9])(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|BF16|F16|F32|MXFP4)(?![A-Za-z0-9])", re.IGNORECASE)
+_QUANT = re.compile(
+    r"(?<![A-Za-z0-9])(?:UD-)?(?:I?Q\d\w*|TQ\d_\d|BF16|F16|F32|(?:MX|NV)FP4)(?![A-Za-z0-9])", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

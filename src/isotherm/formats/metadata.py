@@ -71,7 +71,8 @@ class Metadata:
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self._get(key, None)
-        if not isinstance(value, tuple) or set(map(type, value)) - {str}:
+        # the items of an array in a file are of one kind
+        if not isinstance(value, tuple) or (value and not isinstance(value[0], str)):
             self._wrong(key, value, "an array of strings")
         return cast("tuple[str, ...]", value)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from isotherm import _native
 from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats.metadata import Metadata, quoted
 from isotherm.types import TokenizerSpec
@@ -51,8 +52,9 @@ def read_tokenizer(metadata: Metadata) -> TokenizerSpec:
     pre = metadata.string("tokenizer.ggml.pre", default="default")
     tokens = _read_tokens(metadata)
     num_tokens = len(tokens)
-    ids = _token_ids(metadata, tokens)
-    end_of_turn = next((ids[text] for text in _END_OF_TURN_TEXTS if text in ids), None)
+    texts = frozenset(tokens)
+    _check_unique(metadata, tokens, texts)
+    end_of_turn = next((tokens.index(text) for text in _END_OF_TURN_TEXTS if text in texts), None)
     has_template = metadata.has("tokenizer.chat_template")
     # For BPE llama.cpp falls back on id 11, which means something in Falcon only; no id is the better answer.
     default_bos, default_eos, default_unknown = (None, None, None) if is_bpe else (1, 2, 0)
@@ -82,16 +84,17 @@ def _read_tokens(metadata: Metadata) -> tuple[str, ...]:
     return tokens
 
 
-def _token_ids(metadata: Metadata, tokens: tuple[str, ...]) -> dict[str, int]:
-    """Ids by text. Real files have empty texts more than once, but no other."""
-    ids = {token: index for index, token in enumerate(tokens)}
-    if len(ids) + max(tokens.count("") - 1, 0) != len(tokens):
-        first = next(index for index, token in enumerate(tokens) if token and ids[token] != index)
-        text = tokens[first]
-        raise ModelFileError(
-            f"{metadata.path}: key tokenizer.ggml.tokens has {quoted(text)} twice, as ids {first} and {ids[text]}"
-        )
-    return ids
+def _check_unique(metadata: Metadata, tokens: tuple[str, ...], texts: frozenset[str]) -> None:
+    """Real files have empty texts more than once, but no other."""
+    if len(texts) == len(tokens) or len(texts) + tokens.count("") - 1 == len(tokens):
+        return
+    first_ids: dict[str, int] = {}
+    for token, text in enumerate(tokens):
+        first = first_ids.setdefault(text, token)
+        if text and first != token:
+            raise ModelFileError(
+                f"{metadata.path}: key tokenizer.ggml.tokens has {quoted(text)} twice, as ids {first} and {token}"
+            )
 
 
 def _read_token_types(metadata: Metadata, num_tokens: int) -> tuple[int, ...]:
@@ -116,10 +119,9 @@ def _read_scores(metadata: Metadata, num_tokens: int) -> tuple[float, ...]:
 def _read_merges(metadata: Metadata) -> tuple[str, ...]:
     key = "tokenizer.ggml.merges"
     merges = metadata.strings(key)
-    for index, merge in enumerate(merges):
-        left, _, right = merge.partition(" ")
-        if not left or not right or " " in right:
-            raise ModelFileError(f"{metadata.path}: key {key} has {quoted(merge)} at {index}, expected two pieces")
+    wrong = _native.find_unpaired(merges)
+    if wrong is not None:
+        raise ModelFileError(f"{metadata.path}: key {key} has {quoted(merges[wrong])} at {wrong}, expected two pieces")
     return merges
 
 

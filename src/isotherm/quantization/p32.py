@@ -3,11 +3,13 @@
     matrix = panel, panel, ...        a panel gives 32 outputs: tile A (16 rows) and tile B (the next 16 rows),
                                       or, for a pair (gate, up): tile A 16 rows of gate, tile B the same rows of up
     panel  = for each chunk of 256 columns: [tile A][tile B]          the last chunk may be shorter
-    tile   = units; a unit (32, 64 or 256 columns by type) is [scales][group][group]...
+    tile   = units; a unit (32, 64, 128 or 256 columns by type) is [scales][group][group]...
     group  = 32 columns x 16 rows, one 64-byte line per code bit
 
 A *quad* is 4 consecutive columns; its line is [16 rows][4 columns], the operand of one dot-product instruction.
 
+    2-bit line j = 0, 1        bits 2i..2i+1 of byte b: quad 4j + i at byte b
+    3-bit codes, line 2        bit j of byte b: top bit of quad j at byte b
     nibble line j = 0..3       low nibbles: quad 2j, high nibbles: quad 2j + 1
     5-bit codes, line 4        bit j of byte b: top bit of quad j at byte b
     6-bit codes, lines 4, 5    line 4 + p, bits 2i..2i+1 of byte b: top two bits of quad 4p + i at byte b
@@ -15,7 +17,9 @@ A *quad* is 4 consecutive columns; its line is [16 rows][4 columns], the operand
     floats                     no groups: per column, 16 rows as stored
 
 Rows are padded to whole tiles (a matrix: to whole panels), columns to a multiple of 64; padding is zero bytes, so its
-scale is 0. Scales keep the bits of the file: packing loses nothing, and `unpack_*` gives the source bytes back.
+scale is 0 (MXFP4: its codes). Scales keep the bits of the file: packing loses nothing, and `unpack_*` gives the source
+bytes back. The types in TRANSCODED are packed as other codes of the same values, and their bytes do not come back:
+IQ1 to IQ3 as four bits that index the type's VALUES, with a factor of d per group; TQ1_0 as TQ2_0.
 """
 
 from collections.abc import Iterator
@@ -25,14 +29,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from isotherm.quantization import codebooks
 from isotherm.quantization.layouts import (
     BLOCKS,
     CODE_BITS,
     U8,
-    half_to_float,
+    base_scale,
     repack_codes,
+    repack_factors,
     repack_scales,
     unpack_codes,
+    unpack_factors,
     unpack_scales,
     view_blocks,
     view_floats,
@@ -49,7 +56,7 @@ NUM_QUADS = 8  # in a group
 # Source bytes worked on at once: with codes and lines beside them they stay in a second-level cache.
 _STEP_BYTES = 1 << 19
 
-_NIBBLES = np.uint32(0x0F0F0F0F)
+TRANSCODED = frozenset({QuantType.TQ1_0, *codebooks.BLOCKS})
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,14 @@ class Unit:
     record: np.dtype[np.void]
 
 
-# In every record: d, m, dmin are float16 bits; lines are [groups][bits][16 rows] words of a quad.
+def _factored(bits: int, num_groups: int) -> Unit:
+    """d_float: float32, since 16 halves would leave the record no multiple of a 64-byte line."""
+    factors = [("factors", "i1", (num_groups, 16))] if num_groups else []
+    return Unit(256, np.dtype([("d_float", "<f4", 16), *factors, ("lines", "<u4", (8, bits, 16))]))
+
+
+# In every record: d, m, dmin are float16 bits; lines are [groups][bits][16 rows] words of a quad; factors: integers
+# that d_float is multiplied by.
 UNITS: dict[QuantType, Unit] = {
     QuantType.F32: Unit(1, np.dtype([("lines", "<u4", 16)])),
     QuantType.F16: Unit(1, np.dtype([("lines", "<u2", 16)])),
@@ -96,10 +110,26 @@ UNITS: dict[QuantType, Unit] = {
             ]
         ),
     ),
-    # d_float: float32, since 16 halves would leave the record no multiple of a 64-byte line
-    QuantType.Q6_K: Unit(
-        256, np.dtype([("d_float", "<f4", 16), ("scales", "i1", (16, 16)), ("lines", "<u4", (8, 6, 16))])
+    QuantType.Q6_K: _factored(6, 16),
+    QuantType.IQ4_NL: Unit(64, np.dtype([("d", "<u2", (2, 16)), ("lines", "<u4", (2, 4, 16))])),
+    QuantType.IQ4_XS: _factored(4, 8),
+    QuantType.MXFP4: Unit(128, np.dtype([("e8m0", "u1", (4, 16)), ("lines", "<u4", (4, 4, 16))])),
+    QuantType.NVFP4: Unit(64, np.dtype([("e4m3", "u1", (4, 16)), ("lines", "<u4", (2, 4, 16))])),
+    # scales: [16 groups] scale | minimum << 4
+    QuantType.Q2_K: Unit(
+        256,
+        np.dtype([("d", "<u2", 16), ("dmin", "<u2", 16), ("scales", "u1", (16, 16)), ("lines", "<u4", (8, 2, 16))]),
     ),
+    QuantType.Q3_K: _factored(3, 16),
+    QuantType.TQ1_0: _factored(2, 0),
+    QuantType.TQ2_0: _factored(2, 0),
+    QuantType.IQ1_S: _factored(4, 8),
+    QuantType.IQ1_M: _factored(4, 16),
+    QuantType.IQ2_XXS: _factored(4, 8),
+    QuantType.IQ2_XS: _factored(4, 16),
+    QuantType.IQ2_S: _factored(4, 16),
+    QuantType.IQ3_XXS: _factored(4, 8),
+    QuantType.IQ3_S: _factored(4, 8),
 }
 
 
@@ -108,11 +138,14 @@ def padded_columns(num_columns: int) -> int:
 
 
 def tile_chunk_bytes(quant_type: QuantType, chunk_columns: int) -> int:
-    """Bytes of one tile over `chunk_columns`, a multiple of 64 (of 256 for K types)."""
-    unit = UNITS[quant_type]
+    """Bytes of one tile over `chunk_columns`, a multiple of 64 (of 256 for types with such blocks); units are whole."""
     assert chunk_columns % COLUMN_ALIGNMENT == 0
-    assert chunk_columns % unit.columns == 0
-    return chunk_columns // unit.columns * unit.record.itemsize
+    assert quant_type.block_elements != 256 or chunk_columns % 256 == 0
+    return _num_units(quant_type, chunk_columns) * UNITS[quant_type].record.itemsize
+
+
+def _num_units(quant_type: QuantType, num_columns: int) -> int:
+    return -(-num_columns // UNITS[quant_type].columns)
 
 
 def panel_bytes(types: tuple[QuantType, QuantType], num_columns: int) -> int:
@@ -161,9 +194,8 @@ def pair_pieces(raw_a: U8, type_a: QuantType, raw_b: U8, type_b: QuantType, num_
 
 def pack_tiles(raw: U8, quant_type: QuantType, num_columns: int) -> U8:
     """`raw` [rows, row_bytes] as tiles [tiles, tile_bytes], not yet interleaved."""
-    unit, columns = UNITS[quant_type], padded_columns(num_columns)
-    num_tiles = -(-len(raw) // TILE_ROWS)
-    tiles = np.empty((num_tiles, columns // unit.columns), unit.record)
+    num_tiles, num_units = -(-len(raw) // TILE_ROWS), _num_units(quant_type, padded_columns(num_columns))
+    tiles = np.empty((num_tiles, num_units), UNITS[quant_type].record)
     for name, values in _tile_fields(raw, quant_type, num_columns).items():
         field = tiles[name]  # [tiles, units, ..., 16]
         padded = _zero_padded(values, num_tiles * TILE_ROWS, field.size // (num_tiles * TILE_ROWS))
@@ -172,7 +204,10 @@ def pack_tiles(raw: U8, quant_type: QuantType, num_columns: int) -> U8:
 
 
 def unpack_matrix(packed: U8, quant_type: QuantType, num_rows: int, num_columns: int) -> U8:
-    """The inverse of `pack_matrix`: source bytes [rows, row_bytes], equal but for the payload of a Q6_K NaN scale."""
+    """The inverse of `pack_matrix`: source bytes [rows, row_bytes], equal but for the payload of a NaN in `d_float`.
+
+    Not for types in TRANSCODED (assert).
+    """
     tiles_a, tiles_b = _deinterleave(packed, quant_type, quant_type, num_columns)
     tiles = np.stack([tiles_a, tiles_b], axis=1).reshape(-1, tiles_a.shape[1])
     return unpack_tiles(tiles, quant_type, num_rows, num_columns)
@@ -209,34 +244,45 @@ def _tile_fields(raw: U8, quant_type: QuantType, num_columns: int) -> dict[str, 
     if quant_type.is_float:
         return {"lines": view_floats(raw, quant_type, num_columns)}
     blocks = view_blocks(raw, quant_type, num_columns)
-    fields: dict[str, NDArray[Any]] = {"lines": _code_lines(unpack_codes(blocks, quant_type), CODE_BITS[quant_type])}
-    match quant_type:
-        case QuantType.Q6_K:
-            return fields | {"d_float": half_to_float(blocks["d"]), "scales": blocks["scales"].reshape(len(raw), -1)}
-        case QuantType.Q4_K | QuantType.Q5_K:
-            low, high = _scale_planes(*unpack_scales(blocks["scales"]))
-            fields |= {"scales_low": low.reshape(len(raw), -1), "scales_high": high.reshape(len(raw), -1)}
-    halves = {"d", "m", "dmin"} & set(UNITS[quant_type].record.names or ())
-    return fields | {name: blocks[name] for name in halves}
+    fields: dict[str, NDArray[Any]] = {}
+    for name in UNITS[quant_type].record.names or ():
+        match name:
+            case "lines":
+                values: NDArray[Any] = _code_lines(unpack_codes(blocks, quant_type), CODE_BITS[quant_type])
+            case "d_float":
+                values = base_scale(blocks, quant_type)
+            case "factors":
+                values = unpack_factors(blocks, quant_type).astype(np.int8)
+            case "scales_low":
+                values = _scale_planes(*unpack_scales(blocks["scales"]))[0]
+            case "scales_high":
+                values = _scale_planes(*unpack_scales(blocks["scales"]))[1]
+            case _:
+                values = blocks[name]
+        fields[name] = values.reshape(len(raw), -1)
+    return fields
 
 
 def _source_blocks(fields: dict[str, NDArray[Any]], quant_type: QuantType, num_columns: int) -> NDArray[np.void]:
     """The inverse of `_tile_fields`: source blocks [rows, blocks]."""
+    assert quant_type not in TRANSCODED
     rows, num_blocks = len(fields["lines"]), num_columns // quant_type.block_elements
     blocks = np.empty((rows, num_blocks), BLOCKS[quant_type])
     codes = _line_codes(fields["lines"], CODE_BITS[quant_type])
     repack_codes(blocks, np.ascontiguousarray(codes[:, :num_columns]), quant_type)
-    match quant_type:
-        case QuantType.Q6_K:
-            blocks["d"] = fields["d_float"].astype("<f2").view("<u2")
-            blocks["scales"] = fields["scales"].reshape(rows, num_blocks, 16)
-        case QuantType.Q4_K | QuantType.Q5_K:
-            low = fields["scales_low"].reshape(rows, num_blocks, 8)
-            high = fields["scales_high"].reshape(rows, num_blocks, 4)
-            blocks["scales"] = repack_scales(*_plane_scales(low, high))
-    for name in ("d", "m", "dmin"):
-        if name in fields:
-            blocks[name] = fields[name][:, :num_blocks]
+    for name, values in fields.items():
+        match name:
+            case "lines" | "scales_high":
+                continue
+            case "d_float":
+                blocks["d"] = values.astype("<f2").view("<u2")
+            case "factors":
+                repack_factors(blocks, values.reshape(rows, num_blocks, -1).astype(np.int16), quant_type)
+            case "scales_low":
+                low, high = values.reshape(rows, num_blocks, 8), fields["scales_high"].reshape(rows, num_blocks, 4)
+                blocks["scales"] = repack_scales(*_plane_scales(low, high))
+            case _:
+                blocks[name] = values[:, : blocks[name].size // rows].reshape(blocks[name].shape)
     return blocks
 
 
@@ -258,11 +304,13 @@ def _code_lines(codes: U8, bits: int) -> NDArray[np.uint32]:
     quads = codes.view("<u4").reshape(len(codes), -1, NUM_QUADS)
     if bits == 8:
         return quads.reshape(len(codes), -1)
+    base = _line_bits(bits)
     lines = np.zeros((*quads.shape[:2], bits), "<u4")
-    low = quads & _NIBBLES
-    np.left_shift(low[..., 1::2], 4, out=lines[..., :4])
-    lines[..., :4] |= low[..., 0::2]
-    top = quads >> 4 & _NIBBLES
+    low = quads & _each_byte(base)
+    np.left_shift(low[..., 1 :: 8 // base], base, out=lines[..., :base])
+    for i in (0, *range(2, 8 // base)):
+        lines[..., :base] |= low[..., i :: 8 // base] << i * base
+    top = quads >> base & _each_byte(bits - base)
     for quad, line, shift in _plane_places(bits):
         lines[..., line] |= top[..., quad] << shift
     return lines.reshape(len(codes), -1)
@@ -275,19 +323,30 @@ def _line_codes(lines: NDArray[np.uint32], bits: int) -> U8:
     if bits == 8:
         quads[...] = groups
     else:
-        quads[..., 0::2] = groups[..., :4] & _NIBBLES
-        quads[..., 1::2] = groups[..., :4] >> 4 & _NIBBLES
-        mask = np.uint32(0x01010101 * ((1 << bits - 4) - 1))
+        base = _line_bits(bits)
+        for i in range(8 // base):
+            quads[..., i :: 8 // base] = groups[..., :base] >> i * base & _each_byte(base)
         for quad, line, shift in _plane_places(bits):
-            quads[..., quad] |= (groups[..., line] >> shift & mask) << 4
+            quads[..., quad] |= (groups[..., line] >> shift & _each_byte(bits - base)) << base
     return quads.view(np.uint8).reshape(len(lines), -1)
 
 
+def _line_bits(bits: int) -> int:
+    """How many of a code's bits lie in its own line; those above them lie in planes."""
+    return 4 if bits >= 4 else 2
+
+
+def _each_byte(bits: int) -> np.uint32:
+    """A mask of the lowest bits of each byte of a word."""
+    return np.uint32(0x01010101 * ((1 << bits) - 1))
+
+
 def _plane_places(bits: int) -> Iterator[tuple[int, int, np.uint32]]:
-    """Where the bits above the nibble of each quad lie: (quad, line, shift)."""
-    for quad in range(NUM_QUADS if bits > 4 else 0):
-        bit = quad * (bits - 4)
-        yield quad, 4 + bit // 8, np.uint32(bit % 8)
+    """Where the bits above those of the line lie, of each quad: (quad, line, shift)."""
+    base = _line_bits(bits)
+    for quad in range(NUM_QUADS if bits > base else 0):
+        bit = quad * (bits - base)
+        yield quad, base + bit // 8, np.uint32(bit % 8)
 
 
 def _chunks(type_a: QuantType, type_b: QuantType, num_columns: int) -> Iterator[tuple[slice, slice, slice, slice]]:

@@ -11,7 +11,7 @@ class SpecialTokenSplitter:
 
     def __init__(self, vocabulary: Vocabulary, *, parse_special: bool) -> None:
         tokens = vocabulary.literal_ids | (vocabulary.parsed_ids if parse_special else frozenset())
-        named = sorted((token, text) for text, token in vocabulary.ids.items() if token in tokens)
+        named = [(token, vocabulary.texts[token]) for token in sorted(tokens)]
         # Not the leftmost token wins but the longest in bytes, then the one listed first (llama.cpp).
         named.sort(key=lambda item: -len(item[1].encode()))
         self._ids = {text: token for token, text in named}

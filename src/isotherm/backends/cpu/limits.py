@@ -31,7 +31,7 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     inputs = [op.x.width for op in program.ops if isinstance(op, ops.QuantLinear | ops.QuantGlu)]
     ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention)}
     floats = rows * sum(widths) + limits.max_head_rows * vocab_size + limits.context_tokens * sum(r.dims for r in ropes)
-    quantised = rows * max(inputs) * 2  # a byte per code, and less than another for scales and sums
+    quantised = rows * max(inputs) * 3  # a byte per code, and less than two for scales, sums and starts
     totals = num_threads * rows * 32 * 4
     return 4 * floats + quantised + totals
 

@@ -15,6 +15,7 @@ F32 = NDArray[np.float32]
 LANES = 16
 BLOCK_COLUMNS = 32  # columns that share one activation scale
 ATTENTION_BLOCK = 512  # positions of one softmax block
+_TOO_LARGE = np.float32(2.0**105)  # weight scales of this magnitude, or not finite, make what they touch no number
 KV_SCALE_COLUMNS = 32  # of a head, that share a scale in a Q8_0 cache
 _TINY = np.float32(2.0**-100)  # a block whose largest magnitude is below this is all zero
 _F16_MAX = np.float32(65504.0)
@@ -97,12 +98,13 @@ def quant_matmul(codes: F32, scales: F32, weight: Fields) -> F32:
     quads = weight.codes.reshape(len(weight.codes), num_groups, size).transpose(1, 2, 0).astype(np.float32)
     sums = groups.sum(axis=2, dtype=np.float32)  # [groups, tokens], exact: below 2 ** 24
     integers = groups @ quads - weight.zero_point * sums[..., None]  # [groups, tokens, N], exact
+    weight_scale = np.where(np.abs(weight.scale) < _TOO_LARGE, weight.scale, np.float32(np.nan))
     y = np.zeros(integers.shape[1:], np.float32)
     per_block = BLOCK_COLUMNS // size
     for first in range(0, num_groups, per_block):
         block = np.zeros_like(y)
         for g in range(first, first + per_block):
-            block = fma(integers[g], weight.scale[None, :, g], block)
+            block = fma(integers[g], weight_scale[None, :, g], block)
             if weight.minimum is not None:
                 block = fma(sums[g][:, None], weight.minimum[None, :, g], block)
         y = fma(block, scales[:, first // per_block][:, None], y)
