@@ -138,7 +138,11 @@ inline int bundle_rows(const KernelTable& kernels, int num_rows) {
 extern const KernelTable kScalarTable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const KernelTable kAvx2Table;
+extern const KernelTable kAvxVnniTable;
 extern const KernelTable kAvx512Table;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonTable;
+extern const KernelTable kNeonI8mmTable;
 #endif
 
 }  // namespace isotherm

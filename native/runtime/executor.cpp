@@ -1,20 +1,17 @@
 #include "executor.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <new>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "system.h"
+
 namespace isotherm {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 // Rounding to nearest, no flushing of denormals: what the contract's arithmetic asks, whoever calls.
@@ -26,23 +23,26 @@ class FloatMode {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  FloatMode() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~FloatMode() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 
 }  // namespace
 
-Arena::Arena(size_t bytes) : bytes_(std::max<size_t>(bytes, 1)) {
-  data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (data_ == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (bytes_ >= kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
-#endif
-}
+Arena::Arena(size_t bytes) : bytes_(std::max<size_t>(bytes, 1)) { data_ = reserve_zeroed(bytes_); }
 
 Arena::Arena(Arena&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
 
 Arena::~Arena() {
-  if (data_) munmap(data_, bytes_);
+  if (data_) release(data_, bytes_);
 }
 
 Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_threads)

@@ -8,6 +8,8 @@
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "executor.h"
@@ -17,11 +19,15 @@ namespace isotherm {
 namespace {
 
 // Tells the compiler that a register is read and changed: no product is hoisted out of a loop, no sum is dropped.
+#if defined(__x86_64__)
 #define ISOTHERM_TOUCH_VECTOR(v) __asm__ volatile("" : "+v"(v))
+#elif defined(__aarch64__)
+#define ISOTHERM_TOUCH_VECTOR(v) __asm__ volatile("" : "+w"(v))
+#endif
 #define ISOTHERM_TOUCH_WORD(v) __asm__ volatile("" : "+r"(v))
 
 constexpr size_t kPieceBytes = size_t{1} << 18;  // read between two looks at the clock
-constexpr int kDots = 4096;                      // the same for dot products
+constexpr int kDots = 4608;                      // the same for dot products; a multiple of 48
 
 struct ProbeKernels {
   void (*read)(const uint8_t* data);  // every byte of a piece
@@ -52,6 +58,7 @@ void dot_scalar() {
 
 #if defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2")))
+#define AVXVNNI __attribute__((target("avx2,avxvnni")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
 AVX2 void read_avx2(const uint8_t* data) {
@@ -73,6 +80,16 @@ AVX2 void dot_avx2() {
     }
 }
 
+AVXVNNI void dot_avxvnni() {
+  const __m256i a = _mm256_set1_epi8(100), b = _mm256_set1_epi8(-100);
+  __m256i sums[12] = {};  // a dot takes some 5 cycles, and two start in each
+  for (int i = 0; i < kDots; i += 12)
+    for (__m256i& sum : sums) {
+      sum = _mm256_dpbusd_avx_epi32(sum, a, b);
+      ISOTHERM_TOUCH_VECTOR(sum);
+    }
+}
+
 AVX512 void read_avx512(const uint8_t* data) {
   __m512i sums[8] = {};
   for (size_t i = 0; i < kPieceBytes; i += 512)
@@ -90,13 +107,47 @@ AVX512 void dot_avx512() {
     }
 }
 #undef AVX2
+#undef AVXVNNI
 #undef AVX512
+#elif defined(__aarch64__)
+void read_neon(const uint8_t* data) {
+  uint64x2_t sums[8] = {};
+  for (size_t i = 0; i < kPieceBytes; i += 128)
+    for (int j = 0; j < 8; j++)
+      sums[j] = vaddq_u64(sums[j], vreinterpretq_u64_u8(vld1q_u8(data + i + static_cast<size_t>(16 * j))));
+  for (uint64x2_t& sum : sums) ISOTHERM_TOUCH_VECTOR(sum);
+}
+
+__attribute__((target("arch=armv8.2-a+dotprod"))) void dot_neon() {
+  const int8x16_t a = vdupq_n_s8(100), b = vdupq_n_s8(-100);
+  int32x4_t sums[16] = {};  // a dot takes some 3 cycles, and up to four start in each
+  for (int i = 0; i < kDots; i += 16)
+    for (int32x4_t& sum : sums) {
+      sum = vdotq_s32(sum, a, b);
+      ISOTHERM_TOUCH_VECTOR(sum);
+    }
+}
+
+__attribute__((target("arch=armv8.2-a+dotprod+i8mm"))) void dot_neon_i8mm() {
+  const uint8x16_t a = vdupq_n_u8(200);
+  const int8x16_t b = vdupq_n_s8(-100);
+  int32x4_t sums[16] = {};
+  for (int i = 0; i < kDots; i += 16)
+    for (int32x4_t& sum : sums) {
+      sum = vusdotq_s32(sum, a, b);
+      ISOTHERM_TOUCH_VECTOR(sum);
+    }
+}
 #endif
 
 ProbeKernels kernels_of([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "avx512") return {read_avx512, dot_avx512, 64};
+  if (isa == "avxvnni") return {read_avx2, dot_avxvnni, 32};
   if (isa == "avx2") return {read_avx2, dot_avx2, 32};
+#elif defined(__aarch64__)
+  if (isa == "neon_i8mm") return {read_neon, dot_neon_i8mm, 16};
+  if (isa == "neon") return {read_neon, dot_neon, 16};
 #endif
   return {read_scalar, dot_scalar, 1};
 }

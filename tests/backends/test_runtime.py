@@ -203,7 +203,7 @@ def test_choose_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_isa("scalar") == "scalar"
     monkeypatch.setenv("ISOTHERM_ISA", "scalar")
     assert choose_isa() == "scalar"
-    with pytest.raises(UnsupportedCpu, match=r"sse9.*scalar, avx2, avx512"):
+    with pytest.raises(UnsupportedCpu, match=r"sse9.*scalar, avx2, avxvnni, avx512, neon, neon_i8mm"):
         choose_isa("sse9")
     monkeypatch.setattr(_native, "available_isas", lambda: ["scalar"])
     with pytest.raises(UnsupportedCpu, match="avx512: this processor lacks it"):

@@ -17,6 +17,7 @@ import pytest
 from tiny_models import write_tiny
 
 import isotherm
+from isotherm.backends.cpu.isa import KNOWN_ISAS
 from isotherm.cli import main
 from isotherm.types import QuantType
 
@@ -70,7 +71,7 @@ def test_version_says_commit_and_instruction_set() -> None:
     ran = _run("--version")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.fullmatch(
-        r"isotherm \d+\.\d+\.\d+\S* \(commit ([0-9a-f]{7,}|unknown), (scalar|avx2|avx512)\)\n", ran.stdout
+        rf"isotherm \d+\.\d+\.\d+\S* \(commit ([0-9a-f]{{7,}}|unknown), ({'|'.join(KNOWN_ISAS)})\)\n", ran.stdout
     )
 
 

@@ -109,7 +109,10 @@ def warnings(d: Diagnosis) -> list[str]:
     if device.isa != best:
         found.append(f"the kernels run with {device.isa}, this processor has {best}: unset ISOTHERM_ISA")
     elif device.isa == "scalar":
-        found.append("no AVX2 here: the plain C++ kernels run, many times slower; use a machine (or guest) with AVX2")
+        found.append(
+            "no AVX2 here, nor NEON with dot products: the plain C++ kernels run, many times slower;"
+            " use a machine (or guest) with either"
+        )
     if d.huge_pages == "never":
         found.append(
             f"huge pages are off, which slows decoding by a tenth or more: echo madvise | sudo tee {_HUGE_PAGES}"

@@ -5,7 +5,7 @@ import os
 from isotherm import _native
 from isotherm.errors import UnsupportedCpu
 
-KNOWN_ISAS = ("scalar", "avx2", "avx512")
+KNOWN_ISAS = ("scalar", "avx2", "avxvnni", "avx512", "neon", "neon_i8mm")
 
 
 def choose_isa(forced: str | None = None) -> str:
