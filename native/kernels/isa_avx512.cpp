@@ -4,7 +4,8 @@
 #include "vec_avx512.h"
 
 namespace {
-constexpr int kFewTokens = 4;   // tokens in registers at once, codes from the packed panel
+constexpr int kFewTokens = 4;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 8;  // the same, a tile after the other
 constexpr int kManyTokens = 6;  // the same, codes from an unpacked chunk
 constexpr int kAttendRows = 6;  // query rows in registers at once
 }  // namespace
@@ -17,6 +18,6 @@ constexpr int kAttendRows = 6;  // query rows in registers at once
 // clang-format on
 
 const isotherm::KernelTable isotherm::kAvx512Table = {
-    "avx512",       kFewTokens,  kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
+    "avx512",       kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
     &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
 };

@@ -4,7 +4,8 @@
 #include "vec_avx2.h"
 
 namespace {
-constexpr int kFewTokens = 2;   // tokens in registers at once, codes from the packed panel
+constexpr int kFewTokens = 2;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 4;  // the same, a tile after the other
 constexpr int kManyTokens = 2;  // the same, codes from an unpacked chunk
 constexpr int kAttendRows = 3;  // query rows in registers at once
 
@@ -23,6 +24,6 @@ VEC I dot(I acc, U codes, I quad) {
 // clang-format on
 
 const isotherm::KernelTable isotherm::kAvxVnniTable = {
-    "avxvnni",      kFewTokens,  kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
+    "avxvnni",      kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
     &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
 };

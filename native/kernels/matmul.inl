@@ -142,15 +142,6 @@ VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, U 
   }
 }
 
-// Brings block b's lines of the next chunk while this one's are at work. The hardware's own prefetcher stops at each
-// page of 4 KB: on a Sapphire Rapids core this took decode from half of the read bandwidth to nine tenths.
-template <class C, class S>
-VEC void prefetch_next_chunk(const uint8_t* const* tiles, int b) {
-  constexpr int kChunk = C::chunk_bytes(kChunkColumns), kBlock = kChunk / (kChunkColumns / kBlockColumns);
-  for (int n = 0; n < S::kTiles; n++)
-    for (int i = 0; i < kBlock; i += 64) __builtin_prefetch(tiles[n] + 2 * kChunk + b * kBlock + i, 0, 3);
-}
-
 // totals [tokens][32] += one chunk of tiles times the first rows of a bundle.
 template <class C, class S>
 void multiply_chunk(const uint8_t* const* tiles, int columns, const Variant& type, const QuantRows& x, int row,
@@ -164,7 +155,8 @@ void multiply_chunk(const uint8_t* const* tiles, int columns, const Variant& typ
 #pragma GCC unroll 2
     for (int n = 0; n < S::kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
   for (int b = 0; b < columns / kBlockColumns; b++) {
-    if constexpr (C::kStreams && S::kTokens <= kFewTokens) prefetch_next_chunk<C, S>(tiles, b);
+    if constexpr (C::kStreams)
+      for (int n = 0; n < S::kTiles; n++) prefetch_next_chunk<C>(tiles[n], b);
     multiply_block<C, S>(tiles, b, rows, table, y);
   }
 #pragma GCC unroll 8
@@ -204,7 +196,8 @@ struct TypeKernels {
   void (*unpack)(const uint8_t* source, int columns, const Table* table, uint8_t* tile);  // null: stored as floats
   // One row of a tile chunk, as floats; it is unpacked first, where there is something to unpack.
   void (*decode)(const uint8_t* tile, int columns, int zero_point, int lane, float* out);
-  ChunkFn few[2][kFewTokens];
+  ChunkFn lone[kLoneTokens];  // one tile
+  ChunkFn few[kFewTokens];    // two
   ChunkFn many[2][kManyTokens];
 };
 
@@ -251,9 +244,9 @@ void decode_float_row(const uint8_t* tile, int columns, int, int lane, float* ou
 template <class C>
 constexpr TypeKernels quant_kernels(StartIndex start, const Table* table = nullptr) {
   using Flat = UnpackedOf<C>;
-  TypeKernels k{&C::chunk_bytes, {start, table}, &unpack<C>, &decode_row<Flat>, {}, {}};
-  fill_quant<C, 1, 0, kFewTokens>(k.few[0]);
-  fill_quant<C, 2, 0, kFewTokens>(k.few[1]);
+  TypeKernels k{&C::chunk_bytes, {start, table}, &unpack<C>, &decode_row<Flat>, {}, {}, {}};
+  fill_quant<C, 1, 0, kLoneTokens>(k.lone);
+  fill_quant<C, 2, 0, kFewTokens>(k.few);
   fill_quant<Flat, 1, kManyTokens, kManyTokens>(k.many[0]);
   fill_quant<Flat, 2, kManyTokens, kManyTokens>(k.many[1]);
   return k;
@@ -266,9 +259,10 @@ constexpr TypeKernels float_kernels() {
                 nullptr,
                 &decode_float_row<C>,
                 {},
+                {},
                 {}};
-  fill_float<C, 1, kFewTokens>(k.few[0]);
-  fill_float<C, 2, kFewTokens>(k.few[1]);
+  fill_float<C, 1, kLoneTokens>(k.lone);
+  fill_float<C, 2, kFewTokens>(k.few);
   return k;
 }
 
@@ -318,13 +312,16 @@ VEC int chunk_columns(int columns, int start) {
   return columns - start < kChunkColumns ? columns - start : kChunkColumns;
 }
 
-// Tiles of one type over all rows, chunk by chunk: weights are read from memory once, whatever the number of rows.
+// Tiles of one type over all rows, chunk by chunk: weights are read from memory once, whatever the number of rows. Few
+// rows take two tiles at a time, which share each broadcast; more than registers hold of that take one; many take
+// chunks that were unpacked.
 void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, bool second, float* totals) {
   alignas(64) uint8_t unpacked[2][kMaxUnpackedBytes];
   const QuantRows& x = *args.x;
-  const bool unpacks = k.unpack && args.num_rows > kFewTokens;
-  const int max_tokens = unpacks ? kManyTokens : kFewTokens;
-  const ChunkFn* functions = unpacks ? k.many[num_tiles - 1] : k.few[num_tiles - 1];
+  const bool unpacks = k.unpack && args.num_rows > kLoneTokens;
+  const bool is_pair = num_tiles == 2 && (unpacks || !k.unpack || args.num_rows <= kFewTokens);
+  const int max_tokens = unpacks ? kManyTokens : is_pair ? kFewTokens : kLoneTokens;
+  const ChunkFn* functions = unpacks ? k.many[is_pair] : is_pair ? k.few : k.lone;
   const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
   const uint8_t* chunk = args.panel;
   for (int column = 0; column < x.columns; column += kChunkColumns) {
@@ -336,11 +333,12 @@ void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, 
         k.unpack(tiles[n], columns, k.variant.table, unpacked[n]);
         tiles[n] = unpacked[n];
       }
-    for (int row = 0; row < args.num_rows; row += max_tokens) {
-      const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
-      float* out = totals + static_cast<size_t>(row) * kPanelRows;
-      functions[tokens - 1](tiles, columns, k.variant, x, row, column, out);
-    }
+    for (int n = 0; n < num_tiles; n += is_pair ? 2 : 1)
+      for (int row = 0; row < args.num_rows; row += max_tokens) {
+        const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
+        float* out = totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
+        functions[tokens - 1](tiles + n, columns, k.variant, x, row, column, out);
+      }
   }
 }
 
