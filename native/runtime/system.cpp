@@ -1,12 +1,15 @@
 #include "system.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
+#include <utility>
 #if defined(_WIN32)
 #include <windows.h>
 // after windows.h
 #include <process.h>
 #else
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -63,6 +66,46 @@ bool populate([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) 
 }
 
 int process_id() { return getpid(); }
+
+#endif
+
+#if defined(__linux__)
+
+namespace {
+
+// False where the kernel knows more CPUs than a cpu_set_t, or refuses.
+bool keep_to(const std::vector<int>& cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) CPU_SET(cpu, &set);
+  return sched_setaffinity(0, sizeof(set), &set) == 0;
+}
+
+}  // namespace
+
+std::vector<int> allowed_cpus() {
+  std::vector<int> cpus;
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  return cpus;
+}
+
+Pinned::Pinned(int cpu) {
+  std::vector<int> before = cpu < 0 ? std::vector<int>{} : allowed_cpus();
+  if (std::find(before.begin(), before.end(), cpu) != before.end() && keep_to({cpu})) before_ = std::move(before);
+}
+
+Pinned::~Pinned() {
+  if (!before_.empty()) keep_to(before_);
+}
+
+#else
+
+std::vector<int> allowed_cpus() { return {}; }
+Pinned::Pinned(int) {}
+Pinned::~Pinned() = default;
 
 #endif
 

@@ -1,7 +1,8 @@
-// What operating systems do each in their own way: memory in large pieces, and processes. The only file that asks
-// which.
+// What operating systems do each in their own way: memory in large pieces, processes, and where threads run. The only
+// file that asks which.
 #pragma once
 #include <cstddef>
+#include <vector>
 
 namespace isotherm {
 
@@ -15,5 +16,20 @@ bool populate(const void* data, size_t bytes);
 
 // Which process this is: another one after a fork.
 int process_id();
+
+// The CPUs that this thread may run on; none where the system does not tell.
+std::vector<int> allowed_cpus();
+
+// Keeps this thread on `cpu` while it lives, if it may run there at all; a negative one changes nothing.
+class Pinned {
+ public:
+  explicit Pinned(int cpu);
+  ~Pinned();
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  std::vector<int> before_;  // none: not pinned
+};
 
 }  // namespace isotherm

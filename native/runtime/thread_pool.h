@@ -50,7 +50,12 @@ class ThreadPool {
   void start();
   void work(int thread);
 
+  // Where there is a thread for each CPU they stay apart: beside other people's work the scheduler puts two of ours on
+  // one CPU, where the one that waits holds up the other. Negative: the scheduler decides.
+  int cpu_of(int thread) const { return cpus_.empty() ? -1 : cpus_[static_cast<size_t>(thread)]; }
+
   const int num_threads_;
+  std::vector<int> cpus_;
   Barrier barrier_;
   alignas(64) std::atomic<uint32_t> epoch_{0};
   std::atomic<bool> quit_{false};
