@@ -196,7 +196,7 @@ void run_multiply(const KernelTable& table, Random& random, Outputs& out) {
     out.add(text("multiply_panel, types", a, b, "rows", num_rows, "columns", columns), totals);
   };
   for (int type = 0; type < kNumWeightTypes; type++) {
-    for (int num_rows = 1; num_rows <= 7; num_rows++) multiply(type, type, num_rows, 64 * (1 + random.below(9)), true);
+    for (int num_rows = 1; num_rows <= 9; num_rows++) multiply(type, type, num_rows, 64 * (1 + random.below(9)), true);
     multiply(type, type, 13, 512, true);
     multiply(type, type, 2, 64, false);
     for (int other = 0; other < kNumWeightTypes; other++)
