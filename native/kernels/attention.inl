@@ -10,7 +10,6 @@ namespace {
 using namespace isotherm;
 
 constexpr float kNone = -__builtin_inff();
-constexpr int kScaleColumns = 32;  // of a head, that share a scale in a Q8_0 page
 
 struct Span {
   int first, last;  // positions [first, last)
@@ -51,11 +50,11 @@ void score_page(const Page& keys, const float* const* q, int head_dim, float sca
   F acc[kRows][4];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < 4; n++) acc[r][n] = splat(0.0f);
-  for (int first = 0; first < head_dim; first += kScaleColumns) {
+  for (int first = 0; first < head_dim; first += kKvScaleColumns) {
     [[maybe_unused]] F scales[4];
     if constexpr (Page::kScaled)
-      for (int n = 0; n < 4; n++) scales[n] = keys.scales_of(first / kScaleColumns, 16 * n);
-    const int last = first + kScaleColumns < head_dim ? first + kScaleColumns : head_dim;
+      for (int n = 0; n < 4; n++) scales[n] = keys.scales_of(first / kKvScaleColumns, 16 * n);
+    const int last = first + kKvScaleColumns < head_dim ? first + kKvScaleColumns : head_dim;
     for (int d = first; d < last; d++) {
       F k[4];
 #pragma GCC unroll 4
@@ -79,11 +78,11 @@ void score_page(const Page& keys, const float* const* q, int head_dim, float sca
 // page.
 template <int kRows, int kVectors, class Page>
 void weigh_page(const Page& values, int head_dim, int column, const float* p, int first, int last, float* const* out) {
-  constexpr int kBlocks = kVectors > 1 ? 16 * kVectors / kScaleColumns : 1;
+  constexpr int kBlocks = kVectors > 1 ? 16 * kVectors / kKvScaleColumns : 1;
   [[maybe_unused]] float scales[kBlocks][kPageTokens];
   if constexpr (Page::kScaled)
     for (int b = 0; b < kBlocks; b++)
-      for (int t = 0; t < kPageTokens; t += 16) store(scales[b] + t, values.scales_of(column / kScaleColumns + b, t));
+      for (int t = 0; t < kPageTokens; t += 16) store(scales[b] + t, values.scales_of(column / kKvScaleColumns + b, t));
   F acc[kRows][kVectors];
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < kVectors; n++) acc[r][n] = load(out[r] + 16 * n);
@@ -163,20 +162,21 @@ VEC void open(const AttendArgs& a, const uint8_t* half, bool, float*, Codes& pag
 }
 void open(const AttendArgs& a, const uint8_t* half, bool is_keys, float* single, Floats& page) {
   page = {single};
-  const int count = kPageTokens * a.head_dim;
   if (a.kv_type == KvType::F16) {
-    for (int i = 0; i < count; i += 16) store(single + i, load_f16(half + 2 * i));
+    for (int i = 0; i < kPageTokens * a.head_dim; i += 16) store(single + i, load_f16(half + 2 * i));
     return;
   }
   const Codes codes = codes_at(half, a.head_dim);
-  for (int i = 0; i < count; i += 16) {
-    const int column = is_keys ? i / kPageTokens : i % a.head_dim;
-    const uint16_t* scales = codes.scales + column / kScaleColumns * kPageTokens;
-    float of_position[16];
-    if (!is_keys) store(of_position, load_f16(scales + (i / a.head_dim & ~15)));
-    const F scale = is_keys ? load_f16(scales + i % kPageTokens) : splat(of_position[i / a.head_dim % 16]);
-    store(single + i, codes.at(i) * scale);
-  }
+  for (int d = 0; d < a.head_dim; d += 16)
+    for (int t = 0; t < kPageTokens; t += 16) {
+      const F scales = codes.scales_of(d / kKvScaleColumns, t);
+      float of_position[16];
+      store(of_position, scales);
+      for (int i = 0; i < 16; i++) {
+        const int at = is_keys ? (d + i) * kPageTokens + t : (t + i) * a.head_dim + d;
+        store(single + at, codes.at(at) * (is_keys ? scales : splat(of_position[i])));
+      }
+    }
 }
 
 // The rows of a tile over one block; see attend_block.
@@ -323,10 +323,10 @@ VEC uint16_t quantise_head(const float* x, int count, int8_t* codes) {
 void append_codes(const float* k, const float* v, int head_dim, int slot, uint8_t* page) {
   uint8_t* values_page = page + kv_half_bytes(KvType::Q8_0, head_dim);
   const size_t scales_bytes = kv_scales_bytes(KvType::Q8_0, head_dim);
-  for (int d = 0; d < head_dim; d += kScaleColumns) {
-    const int count = head_dim - d < kScaleColumns ? head_dim - d : kScaleColumns;
-    const size_t at = static_cast<size_t>(d / kScaleColumns * kPageTokens + slot);
-    int8_t codes[kScaleColumns];
+  for (int d = 0; d < head_dim; d += kKvScaleColumns) {
+    const int count = head_dim - d < kKvScaleColumns ? head_dim - d : kKvScaleColumns;
+    const size_t at = static_cast<size_t>(d / kKvScaleColumns * kPageTokens + slot);
+    int8_t codes[kKvScaleColumns];
     reinterpret_cast<uint16_t*>(page)[at] = quantise_head(k + d, count, codes);
     for (int i = 0; i < count; i++) page[scales_bytes + (d + i) * kPageTokens + slot] = static_cast<uint8_t>(codes[i]);
     reinterpret_cast<uint16_t*>(values_page)[at] = quantise_head(v + d, count, codes);

@@ -1,14 +1,8 @@
-// The kernels for one instruction set. Nothing here may be shared with another translation unit by name: everything
-// but the table is in unnamed namespaces.
+// The kernels on AVX2, FMA and F16C.
 #include "table.h"
 #include "vec_avx2.h"
 
 namespace {
-constexpr int kFewTokens = 2;   // tokens in registers at once, codes of two tiles from the packed panel
-constexpr int kLoneTokens = 4;  // the same, a tile after the other
-constexpr int kManyTokens = 2;  // the same, codes from an unpacked chunk
-constexpr int kAttendRows = 3;  // query rows in registers at once
-
 // Codes up to 127: pairs fit int16. Wider ones: even and odd columns are multiplied as int16 each.
 template <bool kWide>
 VEC __m256i dot(__m256i acc, __m256i codes, __m256i quad) {
@@ -28,14 +22,6 @@ VEC I dot(I acc, U codes, I quad) {
 }
 }  // namespace
 
-// clang-format off: the order is that of use
-#include "elementwise.inl"
-#include "codecs.inl"
-#include "matmul.inl"
-#include "attention.inl"
-// clang-format on
+#include "kernels.inl"
 
-const isotherm::KernelTable isotherm::kAvx2Table = {
-    "avx2",         kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
-    &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
-};
+const isotherm::KernelTable isotherm::kAvx2Table = make_table("avx2");

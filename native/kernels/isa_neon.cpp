@@ -1,14 +1,8 @@
-// The kernels for one instruction set. Nothing here may be shared with another translation unit by name: everything
-// but the table is in unnamed namespaces. NEON with its dot products of signed bytes.
+// The kernels on NEON with its dot products of signed bytes.
 #include "table.h"
 #include "vec_neon.h"
 
 namespace {
-constexpr int kFewTokens = 2;   // tokens in registers at once, codes of two tiles from the packed panel
-constexpr int kLoneTokens = 6;  // the same, a tile after the other
-constexpr int kManyTokens = 2;  // the same, codes from an unpacked chunk
-constexpr int kAttendRows = 1;  // query rows in registers at once
-
 // acc + sum over the four columns of code * activation. kWide: codes may pass 127. The instruction takes signed bytes:
 // a wide code goes in as code - 128, with its top bit flipped, and 128 times the activations are added.
 template <bool kWide>
@@ -23,14 +17,6 @@ VEC I dot(I acc, U codes, I quad) {
 }
 }  // namespace
 
-// clang-format off: the order is that of use
-#include "elementwise.inl"
-#include "codecs.inl"
-#include "matmul.inl"
-#include "attention.inl"
-// clang-format on
+#include "kernels.inl"
 
-const isotherm::KernelTable isotherm::kNeonTable = {
-    "neon",         kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
-    &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
-};
+const isotherm::KernelTable isotherm::kNeonTable = make_table("neon");

@@ -90,10 +90,14 @@ struct AttendArgs {
   float* scratch;      // attend_scratch_floats(rows, head_dim)
 };
 
+constexpr int kKvScaleColumns = 32;  // of a head, that share a scale in a Q8_0 page
+
 // A page of one head is its keys, then its values. F16: keys [head_dim][64], values [64][head_dim]. Q8_0: codes in the
 // same order, after a plane of float16 scales [blocks of 32 columns][64].
 inline size_t kv_scales_bytes(KvType type, int head_dim) {
-  return type == KvType::Q8_0 ? sizeof(uint16_t) * kPageTokens * static_cast<size_t>((head_dim + 31) / 32) : 0;
+  if (type == KvType::F16) return 0;
+  const int blocks = (head_dim + kKvScaleColumns - 1) / kKvScaleColumns;
+  return sizeof(uint16_t) * kPageTokens * static_cast<size_t>(blocks);
 }
 inline size_t kv_half_bytes(KvType type, int head_dim) {  // keys alone, or values
   const size_t elements = static_cast<size_t>(kPageTokens) * head_dim;

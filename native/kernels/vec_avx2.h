@@ -16,6 +16,11 @@ struct U {  // 64 bytes: 16 rows of 4 codes
   __m256i a, b;
 };
 
+constexpr int kFewTokens = 2;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 4;  // the same, a tile after the other
+constexpr int kManyTokens = 2;  // the same, codes from an unpacked chunk
+constexpr int kAttendRows = 3;  // query rows in registers at once
+
 #define VEC inline __attribute__((always_inline))
 
 VEC F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

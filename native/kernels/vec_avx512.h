@@ -17,6 +17,11 @@ struct U {  // 64 bytes: 16 rows of 4 codes
   __m512i v;
 };
 
+constexpr int kFewTokens = 4;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 8;  // the same, a tile after the other
+constexpr int kManyTokens = 6;  // the same, codes from an unpacked chunk
+constexpr int kAttendRows = 6;  // query rows in registers at once
+
 #define VEC inline __attribute__((always_inline))
 
 VEC F load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -16,6 +16,11 @@ struct U {  // 64 bytes: 16 rows of 4 codes
   uint8x16_t v[4];
 };
 
+constexpr int kFewTokens = 2;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 6;  // the same, a tile after the other
+constexpr int kManyTokens = 2;  // the same, codes from an unpacked chunk
+constexpr int kAttendRows = 1;  // query rows in registers at once
+
 #define VEC inline __attribute__((always_inline))
 
 template <class T, class Op>

@@ -16,6 +16,11 @@ struct U {  // 64 bytes: 16 rows of 4 codes
   uint8_t v[64];
 };
 
+constexpr int kFewTokens = 1;   // tokens in registers at once, codes of two tiles from the packed panel
+constexpr int kLoneTokens = 1;  // the same, a tile after the other
+constexpr int kManyTokens = 1;  // the same, codes from an unpacked chunk
+constexpr int kAttendRows = 1;  // query rows in registers at once
+
 #define VEC inline
 
 template <class T, class Op>

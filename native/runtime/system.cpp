@@ -1,9 +1,8 @@
 #include "system.h"
 
-#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
-#include <utility>
 #if defined(_WIN32)
 #include <windows.h>
 // after windows.h
@@ -71,21 +70,9 @@ int process_id() { return getpid(); }
 
 #if defined(__linux__)
 
-namespace {
-
-// False where the kernel knows more CPUs than a cpu_set_t, or refuses.
-bool keep_to(const std::vector<int>& cpus) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  for (const int cpu : cpus) CPU_SET(cpu, &set);
-  return sched_setaffinity(0, sizeof(set), &set) == 0;
-}
-
-}  // namespace
-
 std::vector<int> allowed_cpus() {
   std::vector<int> cpus;
-  cpu_set_t set;
+  cpu_set_t set;  // the call fails where the kernel knows more CPUs than it holds
   if (sched_getaffinity(0, sizeof(set), &set) != 0) return cpus;
   for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
     if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
@@ -93,12 +80,18 @@ std::vector<int> allowed_cpus() {
 }
 
 Pinned::Pinned(int cpu) {
-  std::vector<int> before = cpu < 0 ? std::vector<int>{} : allowed_cpus();
-  if (std::find(before.begin(), before.end(), cpu) != before.end() && keep_to({cpu})) before_ = std::move(before);
+  cpu_set_t before, only;
+  static_assert(sizeof(before) == sizeof(before_));
+  if (cpu < 0 || sched_getaffinity(0, sizeof(before), &before) != 0 || !CPU_ISSET(cpu, &before)) return;
+  CPU_ZERO(&only);
+  CPU_SET(cpu, &only);
+  if (sched_setaffinity(0, sizeof(only), &only) == 0) std::memcpy(before_, &before, sizeof(before));
 }
 
 Pinned::~Pinned() {
-  if (!before_.empty()) keep_to(before_);
+  cpu_set_t before;
+  std::memcpy(&before, before_, sizeof(before));
+  if (CPU_COUNT(&before) > 0) sched_setaffinity(0, sizeof(before), &before);
 }
 
 #else

@@ -2,6 +2,7 @@
 // file that asks which.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 namespace isotherm {
@@ -20,7 +21,8 @@ int process_id();
 // The CPUs that this thread may run on; none where the system does not tell.
 std::vector<int> allowed_cpus();
 
-// Keeps this thread on `cpu` while it lives, if it may run there at all; a negative one changes nothing.
+// Keeps this thread on `cpu` while it lives, if it may run there at all; a negative one changes nothing. Each walk
+// makes one: nothing is allocated.
 class Pinned {
  public:
   explicit Pinned(int cpu);
@@ -29,7 +31,8 @@ class Pinned {
   Pinned& operator=(const Pinned&) = delete;
 
  private:
-  std::vector<int> before_;  // none: not pinned
+  static constexpr int kMaxCpus = 1024;  // of a cpu_set_t
+  uint64_t before_[kMaxCpus / 64] = {};  // a bit a CPU; all zero: not pinned
 };
 
 }  // namespace isotherm

@@ -1,0 +1,20 @@
+// All kernels, over the vector layer and the dot product that were included before, and the table of them. An
+// isa_*.cpp is compiled for one instruction set: nothing here may be shared with another by name, so that everything
+// but the table is in unnamed namespaces.
+// clang-format off: the order is that of use
+#include "elementwise.inl"
+#include "codecs.inl"
+#include "matmul.inl"
+#include "attention.inl"
+// clang-format on
+
+namespace {
+
+constexpr isotherm::KernelTable make_table(const char* name) {
+  return {
+      name,           kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
+      &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
+  };
+}
+
+}  // namespace
