@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from isotherm.quantization.packed_file import (
@@ -69,7 +70,11 @@ class CachedModel:
     path: Path
     num_bytes: int
     last_used_s: float  # seconds since the epoch
-    key: str | None  # None: damaged, or of another format version
+
+    @cached_property
+    def key(self) -> str | None:
+        """What it was made for; None: damaged, or of another format version. Opens the file, which no start needs."""
+        return peek_key(self.path)
 
 
 def list_cache(directory: Path) -> list[CachedModel]:
@@ -78,7 +83,7 @@ def list_cache(directory: Path) -> list[CachedModel]:
     for path in directory.glob(f"*{SUFFIX}"):
         with suppress(FileNotFoundError):  # removed by another process meanwhile
             status = path.stat()
-            models.append(CachedModel(path, status.st_size, status.st_mtime, peek_key(path)))
+            models.append(CachedModel(path, status.st_size, status.st_mtime))
     return sorted(models, key=lambda model: (model.last_used_s, model.path))
 
 
@@ -92,8 +97,6 @@ def clear_cache(directory: Path) -> int:
 
 def enforce_cap(directory: Path, cap_bytes: int, *, keep: Path) -> list[CachedModel]:
     """Removes least recently used files, never `keep`, until `directory` fits `cap_bytes`; returns what went."""
-    if _total_bytes(directory) <= cap_bytes:
-        return []
     models = list_cache(directory)
     total_bytes = sum(model.num_bytes for model in models)
     removed = []
@@ -103,15 +106,6 @@ def enforce_cap(directory: Path, cap_bytes: int, *, keep: Path) -> list[CachedMo
             total_bytes -= model.num_bytes
             removed.append(model)
     return removed
-
-
-def _total_bytes(directory: Path) -> int:
-    """Without a look into the files: this runs at every start."""
-    total_bytes = 0
-    for path in directory.glob(f"*{SUFFIX}"):
-        with suppress(FileNotFoundError):
-            total_bytes += path.stat().st_size
-    return total_bytes
 
 
 def remove_leftovers(directory: Path) -> int:
