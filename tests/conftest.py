@@ -1,9 +1,10 @@
 """Fixtures for all tests: the folder of shared material beside the checkout, and the real models it can fetch."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,3 +46,11 @@ def real_model() -> Callable[[str], Path]:
         return found
 
     return path_of
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as at a terminal, for children too; a shell that runs us in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -33,14 +33,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_tiny(tmp_path_factory.mktemp("tiny"), "llama", QuantType.Q8_0, **sizes)
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, as at a terminal; a shell that runs us in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("num_threads", [1, 3, 11])
 def test_ctrl_c_stops_a_forward_and_leaves_it_usable(tmp_path: Path, num_threads: int) -> None:

@@ -22,6 +22,7 @@ from isotherm.cli import main
 from isotherm.types import QuantType
 
 Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 ISOTHERM = [sys.executable, "-m", "isotherm"]
 TIMEOUT_S = 60.0
@@ -34,14 +35,6 @@ HEAVY = ("numpy", "rich", "jinja2", "huggingface_hub", "tokenizers", "psutil", "
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(Path(isotherm.__file__).parents[1])  # the package that is under test, installed or not
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])))
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """SIGINT as at a terminal, for children too; a shell that runs us in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -432,14 +432,6 @@ def wait_for_half(child: "subprocess.Popen[str]") -> psutil.Process:
     return client
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT as at a terminal, for children too; a shell that runs us in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_an_interrupt_ends_the_client_and_cleans_up(alias: Alias, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
