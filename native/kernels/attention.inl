@@ -24,23 +24,42 @@ VEC Span seen(const AttendArgs& a, int token, int block) {
   return {oldest > start ? oldest : start, position + 1 < end ? position + 1 : end};
 }
 
+// Brings elements of what a kernel reads next while it reads those of the page at hand: pages lie apart, and the
+// hardware's own prefetcher begins anew in each.
+template <int kCount, int kBytes>
+VEC void fetch_elements(const uint8_t* next, int i) {
+  for (int byte = 0; byte < kCount * kBytes; byte += 64) __builtin_prefetch(next + i * kBytes + byte, 0, 3);
+}
+
 // Keys or values of one page as kernels read them: element i in the page's order, times the scale of its 32 columns
-// where there is one.
+// where there is one. `next` are those that are read after them.
 struct Halves {
   static constexpr bool kScaled = false;
   const uint16_t* data;
+  const uint8_t* next;
   VEC F at(int i) const { return load_f16(data + i); }
+  template <int kCount>
+  VEC void fetch(int i) const {
+    fetch_elements<kCount, 2>(next, i);
+  }
 };
 struct Floats {
   static constexpr bool kScaled = false;
   const float* data;
   VEC F at(int i) const { return load(data + i); }
+  template <int kCount>
+  VEC void fetch(int) const {}
 };
 struct Codes {
   static constexpr bool kScaled = true;
   const int8_t* data;
   const uint16_t* scales;  // [blocks][64]
+  const uint8_t* next;
   VEC F at(int i) const { return load_i8(data + i); }
+  template <int kCount>
+  VEC void fetch(int i) const {
+    fetch_elements<kCount, 1>(next, i);
+  }
   VEC F scales_of(int block, int position) const { return load_f16(scales + block * kPageTokens + position); }
 };
 
@@ -56,6 +75,7 @@ void score_page(const Page& keys, const float* const* q, int head_dim, float sca
       for (int n = 0; n < 4; n++) scales[n] = keys.scales_of(first / kKvScaleColumns, 16 * n);
     const int last = first + kKvScaleColumns < head_dim ? first + kKvScaleColumns : head_dim;
     for (int d = first; d < last; d++) {
+      keys.template fetch<kPageTokens>(d * kPageTokens);
       F k[4];
 #pragma GCC unroll 4
       for (int n = 0; n < 4; n++) {
@@ -87,6 +107,7 @@ void weigh_page(const Page& values, int head_dim, int column, const float* p, in
   for (int r = 0; r < kRows; r++)
     for (int n = 0; n < kVectors; n++) acc[r][n] = load(out[r] + 16 * n);
   for (int t = first; t < last; t++) {
+    values.template fetch<16 * kVectors>(t * head_dim + column);
     F v[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; n++) {
@@ -148,25 +169,25 @@ constexpr RowKernels<Page> row_kernels() {
 template <class Page>
 constexpr RowKernels<Page> kRowKernels = row_kernels<Page>();
 
-VEC Codes codes_at(const uint8_t* half, int head_dim) {
+VEC Codes codes_at(const uint8_t* half, const uint8_t* next, int head_dim) {
   return {reinterpret_cast<const int8_t*>(half + kv_scales_bytes(KvType::Q8_0, head_dim)),
-          reinterpret_cast<const uint16_t*>(half)};
+          reinterpret_cast<const uint16_t*>(half), next};
 }
 
 // Keys or values of one page as the kernels want them: as they lie, or widened to float32 for tiles of many rows.
-VEC void open(const AttendArgs&, const uint8_t* half, bool, float*, Halves& page) {
-  page = {reinterpret_cast<const uint16_t*>(half)};
+VEC void open(const AttendArgs&, const uint8_t* half, const uint8_t* next, bool, float*, Halves& page) {
+  page = {reinterpret_cast<const uint16_t*>(half), next};
 }
-VEC void open(const AttendArgs& a, const uint8_t* half, bool, float*, Codes& page) {
-  page = codes_at(half, a.head_dim);
+VEC void open(const AttendArgs& a, const uint8_t* half, const uint8_t* next, bool, float*, Codes& page) {
+  page = codes_at(half, next, a.head_dim);
 }
-void open(const AttendArgs& a, const uint8_t* half, bool is_keys, float* single, Floats& page) {
+void open(const AttendArgs& a, const uint8_t* half, const uint8_t*, bool is_keys, float* single, Floats& page) {
   page = {single};
   if (a.kv_type == KvType::F16) {
     for (int i = 0; i < kPageTokens * a.head_dim; i += 16) store(single + i, load_f16(half + 2 * i));
     return;
   }
-  const Codes codes = codes_at(half, a.head_dim);
+  const Codes codes = codes_at(half, half, a.head_dim);
   for (int d = 0; d < a.head_dim; d += 16)
     for (int t = 0; t < kPageTokens; t += 16) {
       const F scales = codes.scales_of(d / kKvScaleColumns, t);
@@ -191,12 +212,15 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
     if (span.empty()) continue;
     all = {span.first < all.first ? span.first : all.first, span.last > all.last ? span.last : all.last};
   }
-  const auto page_at = [&](int position) {
+  const int first_page = all.first & ~(kPageTokens - 1);
+  const auto keys_at = [&](int position) {
     return a.kv + static_cast<size_t>(a.pages[position / kPageTokens]) * a.page_stride;
   };
-  for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
+  const auto values_at = [&](int position) { return keys_at(position) + kv_half_bytes(a.kv_type, a.head_dim); };
+  for (int page = first_page; page < all.last; page += kPageTokens) {
+    const int next = page + kPageTokens;
     Page keys;
-    open(a, page_at(page), true, single, keys);
+    open(a, keys_at(page), next < all.last ? keys_at(next) : values_at(first_page), true, single, keys);
     for (int row = 0; row < rows; row += kAttendRows) {
       const int count = rows - row < kAttendRows ? rows - row : kAttendRows;
       const float* q[kAttendRows];
@@ -215,9 +239,10 @@ void attend_pages(const AttendArgs& a, int block, float* partials) {
     for (int i = all.first; i < (span.empty() ? all.last : span.first); i++) p[i] = 0.0f;
     for (int i = span.empty() ? all.last : span.last; i < all.last; i++) p[i] = 0.0f;
   }
-  for (int page = all.first & ~(kPageTokens - 1); page < all.last; page += kPageTokens) {
+  for (int page = first_page; page < all.last; page += kPageTokens) {
+    const int next = page + kPageTokens;
     Page values;
-    open(a, page_at(page) + kv_half_bytes(a.kv_type, a.head_dim), false, single, values);
+    open(a, values_at(page), values_at(next < all.last ? next : page), false, single, values);
     const int first = all.first > page ? all.first - page : 0;
     const int last = all.last - page < kPageTokens ? all.last - page : kPageTokens;
     for (int row = 0; row < rows; row += kAttendRows) {

@@ -55,9 +55,20 @@ void add(const float* a, const float* b, int n, float* out) {
   for (int i = 0; i < n; i += 16) store(out + i, load(a + i) + load(b + i));
 }
 
+// Where integer sums start, for the weights that read this input.
+struct Starts {
+  int32_t* out;
+  int zero_point;
+};
+
 void quantise(const float* x, const QuantRows& out, int row) {
   const int bundle = out.bundle_rows, lane = row % bundle;
   const size_t first_column = static_cast<size_t>(row - lane) * out.columns;  // of the bundle, all its rows counted
+  Starts whole[kNumStarts], halves[kNumStarts];
+  int num_whole = 0, num_halves = 0;
+  for (int i = 0; i < kNumStarts; i++)
+    if (out.starts[i])
+      (kStarts[i].columns == 16 ? halves[num_halves++] : whole[num_whole++]) = {out.starts[i], kStarts[i].zero_point};
   constexpr float kTiny = 0x1p-100f;  // a block whose largest magnitude is below is all zero
   F unsound = splat(0.0f);            // stays zero as long as every element is finite
   for (int block = 0; block < out.columns / kBlockColumns; block++) {
@@ -72,25 +83,21 @@ void quantise(const float* x, const QuantRows& out, int row) {
     store_i8(codes + 16, code_b);
     for (int q = 0; q < kBlockColumns / 4; q++)
       __builtin_memcpy(out.codes + first_column + ((block * 8 + q) * bundle + lane) * 4, codes + 4 * q, 4);
-    const int32_t sum_a = sum(code_a), sum_b = sum(code_b);
     const size_t at = first_column / kBlockColumns + static_cast<size_t>(block * bundle + lane);
+    const int32_t total = sum(code_a + code_b);
     out.scales[at] = live ? top / 127.0f : 0.0f;
-    out.sums[at] = static_cast<float>(sum_a + sum_b);
-    const size_t half = first_column / 16 + static_cast<size_t>(2 * block * bundle + lane);
-    if (out.half_sums) {
-      out.half_sums[half] = static_cast<float>(sum_a);
-      out.half_sums[half + static_cast<size_t>(bundle)] = static_cast<float>(sum_b);
+    out.sums[at] = static_cast<float>(total);
+    for (int i = 0; i < num_whole; i++) whole[i].out[at] = kMagic - whole[i].zero_point * total;
+    if (!out.half_sums && num_halves == 0) continue;
+    const int32_t first = sum(code_a);
+    const size_t half = first_column / 16 + static_cast<size_t>(2 * block * bundle + lane), next = half + bundle;
+    for (int i = 0; i < num_halves; i++) {
+      halves[i].out[half] = kMagic - halves[i].zero_point * first;
+      halves[i].out[next] = kMagic - halves[i].zero_point * (total - first);
     }
-    for (int i = 0; i < kNumStarts; i++) {
-      if (!out.starts[i]) continue;
-      const int zero_point = kStarts[i].zero_point;
-      if (kStarts[i].columns == 16) {
-        out.starts[i][half] = kMagic - zero_point * sum_a;
-        out.starts[i][half + static_cast<size_t>(bundle)] = kMagic - zero_point * sum_b;
-      } else {
-        out.starts[i][at] = kMagic - zero_point * (sum_a + sum_b);
-      }
-    }
+    if (!out.half_sums) continue;
+    out.half_sums[half] = static_cast<float>(first);
+    out.half_sums[next] = static_cast<float>(total - first);
   }
   if (const float not_a_number = sum(unsound); not_a_number != 0.0f)
     for (int block = 0; block < out.columns / kBlockColumns; block++)

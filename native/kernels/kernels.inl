@@ -4,6 +4,7 @@
 // clang-format off: the order is that of use
 #include "elementwise.inl"
 #include "codecs.inl"
+#include "chunks.inl"
 #include "matmul.inl"
 #include "attention.inl"
 // clang-format on

@@ -1,191 +1,9 @@
-// Panels of 32 weight rows times quantised activations.
-//
-//   block = float(group's integer dot) * scale, [block = fma(sum of the group's codes, minimum, block)]
-//   [groups of half a block: block += the second half's in the same way, by fma]
-//   total = fma(block, activation scale, total), blocks rising
-//
-// Few tokens read codes straight from the packed panel; many read a chunk that was unpacked into L1 once.
-// Both run multiply_chunk, so that both give the same bits.
+// Panels of 32 weight rows times quantised activations: what each weight type has for it, and the walk over a panel's
+// chunks. Few tokens read codes straight from the packed panel; many read columns that were unpacked into L1 once. Both
+// run multiply_chunk, so that both give the same bits.
 namespace {
 
 using namespace isotherm;
-
-// Where the numbers of one bundle of rows and one chunk stand: that of row t and quad, group or block i at
-// [i * bundle_rows + t].
-struct Rows {
-  const int8_t* codes;
-  const int32_t* starts;  // by group; null for weights with a minimum
-  const float* sums;      // by group; null for all others
-  const float* scales;    // by block
-};
-
-// What tells weight types of one codec apart.
-struct Variant {
-  StartIndex start;
-  const Table* table;
-};
-
-template <class C>
-VEC Rows bundle_at(const QuantRows& x, const Variant& type, int row, int column) {
-  const size_t at = static_cast<size_t>(row) * x.columns + static_cast<size_t>(column) * x.bundle_rows;
-  const size_t group = at / (4 * C::kGroupQuads);
-  Rows rows{x.codes + at, nullptr, nullptr, x.scales + at / kBlockColumns};
-  if constexpr (C::kHasMinimum)
-    rows.sums = (C::kGroupQuads == 8 ? x.sums : x.half_sums) + group;
-  else
-    rows.starts = x.starts[type.start] + group;
-  return rows;
-}
-
-// A kernel's shape: kTokens rows of a bundle of kBundle, times kTiles tiles.
-template <int kTokensOf, int kTilesOf, int kBundleOf>
-struct Shape {
-  static constexpr int kTokens = kTokensOf, kTiles = kTilesOf, kBundle = kBundleOf;
-  using Floats = F[kTokens][kTiles];
-  using Ints = I[kTokens][kTiles];
-};
-
-template <class C, class S, int j>
-VEC void dot_pair(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Ints& acc) {
-  Pair codes[S::kTiles];
-#pragma GCC unroll 2
-  for (int n = 0; n < S::kTiles; n++) codes[n] = codes_of<C, j>(tiles[n], b, table);
-  const int8_t* quads = rows.codes + (b * 8 + 2 * j) * S::kBundle * 4;
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++) {
-    const I quad = load_quad(quads + 4 * t);
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].first, quad);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++) {
-    const I quad = load_quad(quads + 4 * (S::kBundle + t));
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) acc[t][n] = dot<C::kWide>(acc[t][n], codes[n].second, quad);
-  }
-}
-
-// Integer dots of one group of block b, as kMagicFloat + dot.
-template <class C, class S, int kGroup>
-VEC void dot_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Ints& acc) {
-  const int g = b * (8 / C::kGroupQuads) + kGroup;
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++) {
-    const I start = isplat(C::kHasMinimum ? kMagic : rows.starts[g * S::kBundle + t]);
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) acc[t][n] = start;
-  }
-  dot_pair<C, S, 2 * kGroup>(tiles, b, rows, table, acc);
-  dot_pair<C, S, 2 * kGroup + 1>(tiles, b, rows, table, acc);
-  if constexpr (C::kGroupQuads == 8) {
-    dot_pair<C, S, 2>(tiles, b, rows, table, acc);
-    dot_pair<C, S, 3>(tiles, b, rows, table, acc);
-  }
-}
-
-// block = float(dot) * scale of the first group. That is fma(magic + dot, scale, -magic * scale): scales have at most
-// 18 significant bits, so the last product is exact and the rounding is the same.
-template <class C, class S>
-VEC void first_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& block) {
-  const int g = b * (8 / C::kGroupQuads);
-  typename S::Ints acc;
-  dot_group<C, S, 0>(tiles, b, rows, table, acc);
-#pragma GCC unroll 2
-  for (int n = 0; n < S::kTiles; n++) {
-    const F scale = C::scale(tiles[n], g), offset = scale * splat(-kMagicFloat);
-#pragma GCC unroll 8
-    for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(as_float(acc[t][n]), scale, offset);
-  }
-}
-
-// block += float(dot) * scale of the second group.
-template <class C, class S>
-VEC void next_group(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& block) {
-  const int g = b * 2 + 1;
-  typename S::Ints acc;
-  dot_group<C, S, 1>(tiles, b, rows, table, acc);
-#pragma GCC unroll 2
-  for (int n = 0; n < S::kTiles; n++) {
-    const F scale = C::scale(tiles[n], g);
-#pragma GCC unroll 8
-    for (int t = 0; t < S::kTokens; t++)
-      block[t][n] = fma(as_float(acc[t][n]) - splat(kMagicFloat), scale, block[t][n]);
-  }
-}
-
-template <class C, class S>
-VEC void add_minimum(const uint8_t* const* tiles, int g, const Rows& rows, typename S::Floats& block) {
-#pragma GCC unroll 2
-  for (int n = 0; n < S::kTiles; n++) {
-    const F minimum = C::minimum(tiles[n], g);
-#pragma GCC unroll 8
-    for (int t = 0; t < S::kTokens; t++) block[t][n] = fma(splat(rows.sums[g * S::kBundle + t]), minimum, block[t][n]);
-  }
-}
-
-// y += one block.
-template <class C, class S>
-VEC void multiply_block(const uint8_t* const* tiles, int b, const Rows& rows, U table, typename S::Floats& y) {
-  constexpr int kGroups = 8 / C::kGroupQuads;
-  typename S::Floats block;
-  first_group<C, S>(tiles, b, rows, table, block);
-  if constexpr (C::kHasMinimum) add_minimum<C, S>(tiles, b * kGroups, rows, block);
-  if constexpr (kGroups == 2) {
-    next_group<C, S>(tiles, b, rows, table, block);
-    if constexpr (C::kHasMinimum) add_minimum<C, S>(tiles, b * kGroups + 1, rows, block);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++) {
-    const F scale = splat(rows.scales[b * S::kBundle + t]);
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) y[t][n] = fma(block[t][n], scale, y[t][n]);
-  }
-}
-
-// totals [tokens][32] += one chunk of tiles times the first rows of a bundle.
-template <class C, class S>
-void multiply_chunk(const uint8_t* const* tiles, int columns, const Variant& type, const QuantRows& x, int row,
-                    int column, float* totals) {
-  const Rows rows = bundle_at<C>(x, type, row, column);
-  U table{};
-  if constexpr (C::kHasTable) table = load_table(type.table->bytes);
-  typename S::Floats y;
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++)
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
-  for (int b = 0; b < columns / kBlockColumns; b++) {
-    if constexpr (C::kStreams)
-      for (int n = 0; n < S::kTiles; n++) prefetch_next_chunk<C>(tiles[n], b);
-    multiply_block<C, S>(tiles, b, rows, table, y);
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < S::kTokens; t++)
-#pragma GCC unroll 2
-    for (int n = 0; n < S::kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
-}
-
-template <class C, int kTokens, int kTiles>
-void multiply_float_chunk(const uint8_t* const* tiles, int columns, const Variant&, const QuantRows& x, int row,
-                          int column, float* totals) {
-  F y[kTokens][kTiles];
-  const float* values = x.values + static_cast<size_t>(row) * x.columns + column;
-  for (int t = 0; t < kTokens; t++)
-    for (int n = 0; n < kTiles; n++) y[t][n] = load(totals + t * kPanelRows + n * kTileRows);
-  for (int k = 0; k < columns; k++) {
-    F w[kTiles];
-#pragma GCC unroll 2
-    for (int n = 0; n < kTiles; n++) w[n] = C::read(tiles[n] + k * kTileRows * C::kBytes);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) {
-      const F v = splat(values[static_cast<size_t>(t) * x.columns + k]);
-#pragma GCC unroll 2
-      for (int n = 0; n < kTiles; n++) y[t][n] = fma(w[n], v, y[t][n]);
-    }
-  }
-  for (int t = 0; t < kTokens; t++)
-    for (int n = 0; n < kTiles; n++) store(totals + t * kPanelRows + n * kTileRows, y[t][n]);
-}
 
 using ChunkFn = void (*)(const uint8_t* const*, int, const Variant&, const QuantRows&, int, int, float*);
 
@@ -193,7 +11,8 @@ using ChunkFn = void (*)(const uint8_t* const*, int, const Variant&, const Quant
 struct TypeKernels {
   int (*chunk_bytes)(int columns);
   Variant variant;
-  void (*unpack)(const uint8_t* source, int columns, const Table* table, uint8_t* tile);  // null: stored as floats
+  // null: stored as floats
+  void (*unpack)(const uint8_t* source, int columns, const Table* table, int first_block, uint8_t* tile);
   // One row of a tile chunk, as floats; it is unpacked first, where there is something to unpack.
   void (*decode)(const uint8_t* tile, int columns, int zero_point, int lane, float* out);
   ChunkFn lone[kLoneTokens];  // one tile
@@ -306,50 +125,95 @@ static_assert([] {
     if (kTypes[i].variant.start != kStartOf[i]) return false;
   return true;
 }());
-constexpr int kMaxUnpackedBytes = 64 * (kChunkColumns / 4) + 128 * 16;
+constexpr int kMaxUnpackedBytes = (64 / 4 + 128 / 16) * kUnpackColumns;
 
 VEC int chunk_columns(int columns, int start) {
   return columns - start < kChunkColumns ? columns - start : kChunkColumns;
 }
 
-// Tiles of one type over all rows, chunk by chunk: weights are read from memory once, whatever the number of rows. Few
-// rows take two tiles at a time, which share each broadcast; more than registers hold of that take one; many take
-// chunks that were unpacked.
-void multiply_tiles(const TypeKernels& k, const PanelArgs& args, int num_tiles, bool second, float* totals) {
-  alignas(64) uint8_t unpacked[2][kMaxUnpackedBytes];
-  const QuantRows& x = *args.x;
-  const bool unpacks = k.unpack && args.num_rows > kLoneTokens;
-  const bool is_pair = num_tiles == 2 && (unpacks || !k.unpack || args.num_rows <= kFewTokens);
-  const int max_tokens = unpacks ? kManyTokens : is_pair ? kFewTokens : kLoneTokens;
-  const ChunkFn* functions = unpacks ? k.many[is_pair] : is_pair ? k.few : k.lone;
-  const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
+// Some of a panel's two tiles, all of one type.
+struct Tiles {
+  int first, count;
+};
+
+VEC int chunk_bytes(const PanelArgs& args, int columns) {
+  return kTypes[static_cast<int>(args.type_a)].chunk_bytes(columns) +
+         kTypes[static_cast<int>(args.type_b)].chunk_bytes(columns);
+}
+
+// Where tile `n` (0 or 1) begins in a chunk of so many columns.
+VEC int tile_offset(const PanelArgs& args, int n, int columns) {
+  return n ? kTypes[static_cast<int>(args.type_a)].chunk_bytes(columns) : 0;
+}
+
+// Few rows: codes straight from the panel, two tiles at a time, which share each broadcast; more rows than registers
+// hold of that take one.
+void multiply_packed(const TypeKernels& k, const PanelArgs& args, Tiles which) {
+  const bool is_pair = which.count == 2 && (!k.unpack || args.num_rows <= kFewTokens);
+  const int max_tokens = is_pair ? kFewTokens : kLoneTokens;
+  const ChunkFn* functions = is_pair ? k.few : k.lone;
   const uint8_t* chunk = args.panel;
-  for (int column = 0; column < x.columns; column += kChunkColumns) {
-    const int columns = chunk_columns(x.columns, column);
-    const uint8_t* tiles[2] = {chunk + (second ? a.chunk_bytes(columns) : 0), chunk + a.chunk_bytes(columns)};
-    chunk += a.chunk_bytes(columns) + b.chunk_bytes(columns);
-    if (unpacks)
-      for (int n = 0; n < num_tiles; n++) {
-        k.unpack(tiles[n], columns, k.variant.table, unpacked[n]);
-        tiles[n] = unpacked[n];
-      }
-    for (int n = 0; n < num_tiles; n += is_pair ? 2 : 1)
+  for (int column = 0; column < args.x->columns; column += kChunkColumns) {
+    const int columns = chunk_columns(args.x->columns, column);
+    const uint8_t* tiles[2] = {chunk, chunk + tile_offset(args, 1, columns)};
+    for (int n = which.first; n < which.first + which.count; n += is_pair ? 2 : 1)
       for (int row = 0; row < args.num_rows; row += max_tokens) {
         const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
-        float* out = totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
-        functions[tokens - 1](tiles + n, columns, k.variant, x, row, column, out);
+        float* out = args.totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
+        functions[tokens - 1](tiles + n, columns, k.variant, *args.x, row, column, out);
       }
+    chunk += chunk_bytes(args, columns);
   }
+}
+
+// Share `part` of `parts` of so many bytes, into the second cache level.
+VEC void fetch_share(const uint8_t* bytes, int num_bytes, int part, int parts) {
+  const int lines = num_bytes / 64;
+  for (int i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(bytes + 64 * i, 0, 2);
+}
+
+// Many rows: columns are unpacked once, and read by all rows. What is unpacked next is fetched a little with each
+// bundle: fetched all at once it would be waited for, as a core has few lines under way.
+void multiply_unpacked(const TypeKernels& k, const PanelArgs& args, Tiles which) {
+  alignas(64) uint8_t unpacked[2][kMaxUnpackedBytes];
+  const uint8_t* tiles[2] = {unpacked[0], unpacked[1]};
+  const int num_bundles = (args.num_rows + kManyTokens - 1) / kManyTokens;
+  const int next_bytes = chunk_bytes(args, kChunkColumns) * (kUnpackColumns / kChunkColumns);
+  const uint8_t* chunk = args.panel;
+  for (int column = 0; column < args.x->columns; column += kUnpackColumns) {
+    int columns = 0;
+    while (columns < kUnpackColumns && column + columns < args.x->columns) {
+      const int width = chunk_columns(args.x->columns, column + columns);
+      for (int n = 0; n < which.count; n++)
+        k.unpack(chunk + tile_offset(args, which.first + n, width), width, k.variant.table, columns / kBlockColumns,
+                 unpacked[n]);
+      chunk += chunk_bytes(args, width);
+      columns += width;
+    }
+    for (int i = 0; i < num_bundles; i++) {
+      fetch_share(chunk, next_bytes, i, num_bundles);
+      const int row = i * kManyTokens, left = args.num_rows - row, tokens = left < kManyTokens ? left : kManyTokens;
+      float* out = args.totals + static_cast<size_t>(row) * kPanelRows + which.first * kTileRows;
+      k.many[which.count - 1][tokens - 1](tiles, columns, k.variant, *args.x, row, column, out);
+    }
+  }
+}
+
+void multiply_tiles(const TypeKernels& k, const PanelArgs& args, Tiles which) {
+  if (k.unpack && args.num_rows > kLoneTokens)
+    multiply_unpacked(k, args, which);
+  else
+    multiply_packed(k, args, which);
 }
 
 void multiply_panel(const PanelArgs& args) {
   __builtin_memset(args.totals, 0, sizeof(float) * kPanelRows * static_cast<size_t>(args.num_rows));
   const TypeKernels &a = kTypes[static_cast<int>(args.type_a)], &b = kTypes[static_cast<int>(args.type_b)];
   if (args.type_a == args.type_b) {
-    multiply_tiles(a, args, 2, false, args.totals);
+    multiply_tiles(a, args, {0, 2});
   } else {
-    multiply_tiles(a, args, 1, false, args.totals);
-    multiply_tiles(b, args, 1, true, args.totals + kTileRows);
+    multiply_tiles(a, args, {0, 1});
+    multiply_tiles(b, args, {1, 1});
   }
 }
 
@@ -363,7 +227,7 @@ void embed_row(const uint8_t* panel, WeightType type, int lane, int columns, flo
     const int width = chunk_columns(columns, column), bytes = k.chunk_bytes(width);
     const uint8_t* tile = panel + (lane / kTileRows) * bytes;
     if (k.unpack) {
-      k.unpack(tile, width, k.variant.table, unpacked);
+      k.unpack(tile, width, k.variant.table, 0, unpacked);
       tile = unpacked;
     }
     k.decode(tile, width, zero_point, lane % kTileRows, out + column);

@@ -64,6 +64,7 @@ VEC float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 
 VEC I isplat(int32_t x) { return {_mm512_set1_epi32(x)}; }
 VEC F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
+VEC I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 VEC int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
 VEC void store_i8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 VEC I load_quad(const int8_t* p) {  // four codes, to every row

@@ -104,6 +104,9 @@ VEC I isplat(int32_t x) {
 VEC F as_float(I a) {
   return each<F>([&](int i) { return vreinterpretq_f32_s32(a.v[i]); });
 }
+VEC I operator+(I a, I b) {
+  return each<I>([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
+}
 VEC int32_t sum(I a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[2]), vaddq_s32(a.v[1], a.v[3]))); }
 VEC void store_i8(int8_t* p, I a) {
   const int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));

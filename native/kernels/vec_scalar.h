@@ -141,6 +141,10 @@ VEC F as_float(I a) {
   std::memcpy(out.v, a.v, sizeof out.v);
   return out;
 }
+VEC I operator+(I a, I b) {  // wraps around, as vectors do
+  return each<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); });
+}
 VEC int32_t sum(I a) {
   int32_t total = 0;
   for (int32_t v : a.v) total += v;
