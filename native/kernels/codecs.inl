@@ -239,9 +239,9 @@ VEC Pair codes_of(const uint8_t* tile, int b, U table) {
     return pair;
 }
 
-// Brings block b's lines of the tile's chunk after next while this one's are at work. The hardware's own prefetcher
-// stops at each page of 4 KB: on a Sapphire Rapids core this took decode from half of the read bandwidth to more than
-// eight tenths.
+// Brings block b's lines of the tile's chunk after next into the second cache level, while this one's are at work. The
+// hardware's own prefetcher stops at each page of 4 KB: on a Sapphire Rapids core this took decode from half of the
+// read bandwidth to 0.88 of it, and into the first level to 0.84.
 template <class C>
 VEC void prefetch_block(const uint8_t* tile, int b) {
   constexpr int kChunk = C::chunk_bytes(kChunkColumns), kBlock = kChunk / (kChunkColumns / kBlockColumns);
