@@ -228,6 +228,11 @@ class BoundExecutor {
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
   }
 
+  double read_weights() {
+    nb::gil_scoped_release nogil;
+    return executor_.read_weights();
+  }
+
   double busy_s() const { return executor_.busy_s(); }
 
   void start_log(int64_t capacity) {
@@ -347,6 +352,7 @@ void bind_executor(nb::module_& m) {
            nb::arg("num_threads"))
       .def("run", &BoundExecutor::run)
       .def("head", &BoundExecutor::head)
+      .def("read_weights", &BoundExecutor::read_weights)
       .def_prop_ro("busy_s", &BoundExecutor::busy_s)
       .def("start_log", &BoundExecutor::start_log, nb::arg("capacity"))
       .def("stop_log", &BoundExecutor::stop_log);

@@ -137,4 +137,26 @@ void rope(const RopeArgs& args, float* head) {
   }
 }
 
+// Tells the compiler that `x` is used, so that what made it stays.
+template <class T>
+VEC void use(const T& x) {
+  __asm__ volatile("" : : "m"(x));
+}
+
+void read_lines(const uint8_t* data, size_t bytes) {
+  using Line = uint64_t __attribute__((vector_size(64)));
+  Line sums[4] = {};
+  const auto add = [&](size_t i, Line& sum) {
+    Line line;
+    __builtin_memcpy(&line, data + i, 64);
+    sum += line;
+  };
+  size_t i = 0;
+  for (; i + 256 <= bytes; i += 256)
+#pragma GCC unroll 4
+    for (size_t n = 0; n < 4; n++) add(i + 64 * n, sums[n]);
+  for (; i + 64 <= bytes; i += 64) add(i, sums[0]);
+  use(sums);
+}
+
 }  // namespace

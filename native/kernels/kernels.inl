@@ -13,8 +13,9 @@ namespace {
 
 constexpr isotherm::KernelTable make_table(const char* name) {
   return {
-      name,           kLoneTokens, kManyTokens, &rms_norm, &add_norm, &add,    &quantise,     &multiply_panel,
-      &finish_linear, &finish_glu, &embed_row,  &rope,     &append,   &attend, &attend_block, &merge_blocks,
+      name,  kLoneTokens, kManyTokens,     &read_lines,    &rms_norm,     &add_norm,
+      &add,  &quantise,   &multiply_panel, &finish_linear, &finish_glu,   &embed_row,
+      &rope, &append,     &attend,         &attend_block,  &merge_blocks,
   };
 }
 

@@ -116,6 +116,7 @@ inline size_t attend_scratch_floats(int rows, int head_dim) {
 struct KernelTable {
   const char* name;
   int few_rows, many_rows;  // up to few_rows rows are one bundle; more are bundles of many_rows
+  void (*read_lines)(const uint8_t* data, size_t bytes);  // every line of 64 bytes, and nothing else: decode's limit
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*add_norm)(const float* a, const float* b, const float* weight, int n, float eps, float* out);
   void (*add)(const float* a, const float* b, int n, float* out);

@@ -43,6 +43,10 @@ class Executor {
   // Logits [count][vocab] of the batch's logit rows [first, first + count), count <= max_head_rows.
   bool head(int first, int count, float* logits, const std::function<bool()>& poll);
 
+  // Reads every weight that a token needs, each thread a contiguous share of each matrix, and computes nothing.
+  // Seconds.
+  double read_weights();
+
   // Seconds spent computing, in all: what is left of a caller's step is the caller's own.
   double busy_s() const { return busy_s_; }
 

@@ -13,6 +13,7 @@
 #endif
 
 #include "executor.h"
+#include "isa.h"
 #include "thread_pool.h"
 
 namespace isotherm {
@@ -29,22 +30,10 @@ namespace {
 constexpr size_t kPieceBytes = size_t{1} << 18;  // read between two looks at the clock
 constexpr int kDots = 4608;                      // the same for dot products; a multiple of 48
 
-struct ProbeKernels {
-  void (*read)(const uint8_t* data);  // every byte of a piece
-  void (*dot)();                      // kDots multiplications of a vector
-  int dot_bytes;                      // products of bytes in one
+struct DotProbe {
+  void (*run)();  // kDots multiplications of a vector
+  int bytes;      // products of bytes in one
 };
-
-void read_scalar(const uint8_t* data) {
-  uint64_t sums[8] = {};
-  for (size_t i = 0; i < kPieceBytes; i += 64)
-    for (size_t j = 0; j < 8; j++) {
-      uint64_t word;
-      std::memcpy(&word, data + i + 8 * j, 8);
-      sums[j] += word;
-    }
-  for (uint64_t& sum : sums) ISOTHERM_TOUCH_WORD(sum);
-}
 
 void dot_scalar() {
   int32_t sums[4] = {}, a = 200;
@@ -60,14 +49,6 @@ void dot_scalar() {
 #define AVX2 __attribute__((target("avx2")))
 #define AVXVNNI __attribute__((target("avx2,avxvnni")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-
-AVX2 void read_avx2(const uint8_t* data) {
-  __m256i sums[8] = {};
-  for (size_t i = 0; i < kPieceBytes; i += 256)
-    for (int j = 0; j < 8; j++)
-      sums[j] = _mm256_add_epi64(sums[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
-  for (__m256i& sum : sums) ISOTHERM_TOUCH_VECTOR(sum);
-}
 
 AVX2 void dot_avx2() {
   const __m256i b = _mm256_set1_epi8(-100), ones = _mm256_set1_epi16(1);
@@ -90,13 +71,6 @@ AVXVNNI void dot_avxvnni() {
     }
 }
 
-AVX512 void read_avx512(const uint8_t* data) {
-  __m512i sums[8] = {};
-  for (size_t i = 0; i < kPieceBytes; i += 512)
-    for (int j = 0; j < 8; j++) sums[j] = _mm512_add_epi64(sums[j], _mm512_load_si512(data + i + 64 * j));
-  for (__m512i& sum : sums) ISOTHERM_TOUCH_VECTOR(sum);
-}
-
 AVX512 void dot_avx512() {
   const __m512i a = _mm512_set1_epi8(100), b = _mm512_set1_epi8(-100);
   __m512i sums[16] = {};  // a dot takes some 4 cycles, and up to two start in each
@@ -110,14 +84,6 @@ AVX512 void dot_avx512() {
 #undef AVXVNNI
 #undef AVX512
 #elif defined(__aarch64__)
-void read_neon(const uint8_t* data) {
-  uint64x2_t sums[8] = {};
-  for (size_t i = 0; i < kPieceBytes; i += 128)
-    for (int j = 0; j < 8; j++)
-      sums[j] = vaddq_u64(sums[j], vreinterpretq_u64_u8(vld1q_u8(data + i + static_cast<size_t>(16 * j))));
-  for (uint64x2_t& sum : sums) ISOTHERM_TOUCH_VECTOR(sum);
-}
-
 __attribute__((target("arch=armv8.2-a+dotprod"))) void dot_neon() {
   const int8x16_t a = vdupq_n_s8(100), b = vdupq_n_s8(-100);
   int32x4_t sums[16] = {};  // a dot takes some 3 cycles, and up to four start in each
@@ -140,16 +106,16 @@ __attribute__((target("arch=armv8.2-a+dotprod+i8mm"))) void dot_neon_i8mm() {
 }
 #endif
 
-ProbeKernels kernels_of([[maybe_unused]] const std::string& isa) {
+DotProbe dot_probe([[maybe_unused]] const std::string& isa) {
 #if defined(__x86_64__)
-  if (isa == "avx512") return {read_avx512, dot_avx512, 64};
-  if (isa == "avxvnni") return {read_avx2, dot_avxvnni, 32};
-  if (isa == "avx2") return {read_avx2, dot_avx2, 32};
+  if (isa == "avx512") return {dot_avx512, 64};
+  if (isa == "avxvnni") return {dot_avxvnni, 32};
+  if (isa == "avx2") return {dot_avx2, 32};
 #elif defined(__aarch64__)
-  if (isa == "neon_i8mm") return {read_neon, dot_neon_i8mm, 16};
-  if (isa == "neon") return {read_neon, dot_neon, 16};
+  if (isa == "neon_i8mm") return {dot_neon_i8mm, 16};
+  if (isa == "neon") return {dot_neon, 16};
 #endif
-  return {read_scalar, dot_scalar, 1};
+  return {dot_scalar, 1};
 }
 
 // work(thread) does a small piece and returns its size; all threads repeat it until a round is over.
@@ -180,7 +146,8 @@ double best_rate(ThreadPool& pool, int num_rounds, double round_s, const std::fu
 }  // namespace
 
 double measure_read(const std::string& isa, int num_threads, size_t buffer_bytes, int num_rounds, double round_s) {
-  const ProbeKernels kernels = kernels_of(isa);
+  const auto tables = available_tables();
+  const KernelTable& kernels = **std::find_if(tables.begin(), tables.end(), [&](auto* t) { return isa == t->name; });
   const size_t num_pieces = std::max<size_t>(buffer_bytes / kPieceBytes / num_threads, 1);  // of one thread
   const Arena arena(num_pieces * num_threads * kPieceBytes);
   struct alignas(64) Stream {
@@ -195,18 +162,18 @@ double measure_read(const std::string& isa, int num_threads, size_t buffer_bytes
   });
   return best_rate(pool, num_rounds, round_s, [&](int thread) {
     Stream& stream = streams[thread];
-    kernels.read(stream.data + stream.next * kPieceBytes);
+    kernels.read_lines(stream.data + stream.next * kPieceBytes, kPieceBytes);
     stream.next = (stream.next + 1) % num_pieces;
     return kPieceBytes;
   });
 }
 
 double measure_int8(const std::string& isa, int num_threads, int num_rounds, double round_s) {
-  const ProbeKernels kernels = kernels_of(isa);
-  const size_t ops = size_t{2} * kDots * kernels.dot_bytes;
+  const DotProbe dot = dot_probe(isa);
+  const size_t ops = size_t{2} * kDots * dot.bytes;
   ThreadPool pool(num_threads);
   return best_rate(pool, num_rounds, round_s, [&](int) {
-    kernels.dot();
+    dot.run();
     return ops;
   });
 }

@@ -105,6 +105,9 @@ class Executor:
     def head(self, first: int, logits: NDArray[np.float32], /) -> bool:
         """Writes logits [count, vocab_size]."""
 
+    def read_weights(self) -> float:
+        """Reads what a token needs of the weights and computes nothing; seconds."""
+
     @property
     def busy_s(self) -> float:
         """Seconds spent computing."""

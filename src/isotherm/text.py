@@ -187,6 +187,11 @@ class TextGenerator:
         with self._turn() as engine:
             return engine.time_decode(num_tokens, depth)
 
+    def read_weights_s(self) -> float | None:
+        """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
+        with self._turn() as engine:
+            return engine.read_weights_s()
+
     def record_prefill(self, num_tokens: int) -> RecordedRun:
         """`prefill_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
         with self._turn() as engine:

@@ -35,7 +35,9 @@ def test_the_table_has_the_columns_of_llama_bench(tiny: str, capsys: pytest.Capt
     assert re.search(r"load [\d.]+ s, peak memory \d+ MB", streams.out)
     assert re.search(r"machine: reads [\d.]+ GB/s, int8 \d+ GOPS", streams.out)
     assert re.search(r"pp16: \d+% of the int8 rate", streams.out)
-    assert re.search(r"tg4 @ d8: \d+% of the read bandwidth .*, [\d.]+% of a step in Python", streams.out)
+    assert re.search(r"weights: read at [\d.]+ GB/s where they lie", streams.out)
+    step = r"of a step \d+% is reading the weights, [\d.]+% is Python"
+    assert re.search(rf"tg4 @ d8: \d+% of the read bandwidth .*; {step}", streams.out)
     assert "repetition 2 of 2" in streams.err
 
 
@@ -49,6 +51,7 @@ def test_json_on_stdout_and_nothing_else(tiny: str, capsys: pytest.CaptureFixtur
         assert test["limit_share"] > 0
     assert found["num_threads"] == 1
     assert found["device"]["read_bytes_per_s"] > 0
+    assert found["weights_bytes_per_s"] > 0
     assert found["peak_rss_bytes"] > 0
     assert found["load_s"] > 0
 

@@ -31,10 +31,14 @@ class InventedModel:
         self.calls: list[tuple[str, int, int]] = []
         self._prefill = iter([9.0, 1.0, 2.0, 4.0])
         self._decode = iter([9.0, 0.5, 1.0, 2.0])
+        self._reads = iter([0.04, 0.05, 0.03] * 2 + [0.06, 0.02, 0.04] * 2)
 
     def prefill_s(self, num_tokens: int) -> float:
         self.calls.append(("prefill", num_tokens, 0))
         return next(self._prefill)
+
+    def read_weights_s(self) -> float:
+        return next(self._reads)
 
     def decode_s(self, num_tokens: int, *, depth: int) -> DecodeTiming:
         self.calls.append(("decode", num_tokens, depth))
@@ -66,6 +70,8 @@ def test_rates_shares_and_turns(probes: list[tuple[int, str | None]]) -> None:
     assert (decode.test, decode.samples) == ("tg10 @ d7", (20.0, 10.0, 5.0))
     assert decode.limit_share == pytest.approx(10 * 1e8 / 40e9)
     assert decode.python_share == pytest.approx(0.1)
+    assert decode.weights_share == pytest.approx(0.02 * 10)
+    assert result.weights_bytes_per_s == pytest.approx(1e8 / 0.02)  # the best time of all
     assert model.calls == [("prefill", 100, 0), ("decode", 10, 7)] * 4
     assert probes == [(2, "avx2")] * 4
     assert result.device == DEVICE  # the best of the probes
@@ -115,5 +121,9 @@ def test_a_real_model(tiny: TextGenerator) -> None:
     python_share = result.tests[1].python_share
     assert python_share is not None
     assert 0 < python_share < 1
+    if tiny.facts.backend == "reference":  # has no packed weights
+        assert (result.weights_bytes_per_s, result.tests[1].weights_share) == (None, None)
+    else:
+        assert 1e7 < (result.weights_bytes_per_s or 0) < 1e14
     assert result.peak_rss_bytes is None or result.peak_rss_bytes > 10**7
     assert options.context_tokens == 16

@@ -94,6 +94,7 @@ def to_json(result: "BenchResult") -> dict[str, Any]:
         "token_bytes": facts.token_bytes,
         "token_ops": facts.token_ops,
         "device": asdict(result.device),
+        "weights_bytes_per_s": result.weights_bytes_per_s,
         "tests": [
             {
                 "test": speed.test,
@@ -103,6 +104,7 @@ def to_json(result: "BenchResult") -> dict[str, Any]:
                 "limit": speed.limit,
                 "limit_share": speed.limit_share,
                 "python_share": speed.python_share,
+                "weights_share": speed.weights_share,
             }
             for speed in result.tests
         ],
@@ -130,17 +132,24 @@ def to_text(result: "BenchResult") -> str:
             f"load {facts.load_s:.2f} s, peak memory {peak}",
             f"machine: reads {device.read_bytes_per_s / 1e9:.1f} GB/s, int8 {device.int8_ops_per_s / 1e9:.0f} GOPS "
             "(best of the probes of this run)",
+            *_weights_line(result),
             *(_limit_line(speed, result) for speed in result.tests),
             *(f"\n{profile_text(profile)}" for profile in result.profiles),
         ]
     )
 
 
+def _weights_line(result: "BenchResult") -> list[str]:
+    rate = result.weights_bytes_per_s
+    return [] if rate is None else [f"weights: read at {rate / 1e9:.1f} GB/s where they lie, with nothing computed"]
+
+
 def _limit_line(speed: "Speed", result: "BenchResult") -> str:
     facts = result.model
     if speed.python_share is None:
         return f"{speed.test}: {speed.limit_share:.0%} of the {speed.limit} ({facts.token_ops / 1e9:.3g} GOP a token)"
+    weights = "" if speed.weights_share is None else f"{speed.weights_share:.0%} is reading the weights, "
     return (
-        f"{speed.test}: {speed.limit_share:.0%} of the {speed.limit} ({facts.token_bytes / 1e6:.1f} MB a token), "
-        f"{speed.python_share:.1%} of a step in Python"
+        f"{speed.test}: {speed.limit_share:.0%} of the {speed.limit} ({facts.token_bytes / 1e6:.1f} MB a token); "
+        f"of a step {weights}{speed.python_share:.1%} is Python"
     )

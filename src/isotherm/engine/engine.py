@@ -128,6 +128,10 @@ class Engine:
         total_s, sampler_s = self._decode(num_tokens, max(1, depth))
         return DecodeTiming(total_s, self._compiled.busy_s - busy_before_s + sampler_s)
 
+    def read_weights_s(self) -> float | None:
+        """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
+        return self._compiled.read_weights_s()
+
     def record_prefill(self, num_tokens: int) -> RecordedRun:
         """`time_prefill`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
         num_batches = -(-num_tokens // self.batch_tokens)

@@ -14,6 +14,7 @@ from isotherm.probe import measure
 from isotherm.text import TextGenerator
 
 MAX_PROFILED_STEPS = 128  # of decode: what is recorded stays in memory
+_NUM_READS = 3  # of the weights, after each repetition
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Speed:
     limit: str
     limit_share: float
     python_share: float | None  # of the time of a decode step: what Python takes, beside backend and sampler
+    weights_share: float | None = None  # of a decode step's median: what reading the weights alone takes at best
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,6 +69,7 @@ class BenchResult:
     device: DeviceFacts  # the best of several probes between the repetitions
     tests: tuple[Speed, ...]
     peak_rss_bytes: int | None  # of this process up to the first repetition; None where the system does not tell
+    weights_bytes_per_s: float | None  # at best, of reading the weights where they lie; None: the backend cannot tell
     profiles: tuple[Profile, ...] = ()  # of the tests, where asked for
     recorded: tuple[RecordedRun, ...] = ()  # the last run of each profile
 
@@ -90,22 +93,55 @@ def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], 
     timer.repeat()
     timer.forget()
     peak_rss_bytes = _peak_rss_bytes()  # before the probes allocate
-    facts = model.facts
-    device = _probe(facts)
+    limits = _Limits(model)
     for number in range(1, options.repetitions + 1):
         tell(f"repetition {number} of {options.repetitions}")
         timer.repeat()
-        device = _best(device, _probe(facts))
-    if not options.profile:
-        return BenchResult(facts, device, timer.results(device), peak_rss_bytes)
+        limits.probe()
     recorder = _Recorder(model, options)
-    for number in range(1, options.repetitions + 1):
+    for number in range(1, options.repetitions + 1) if options.profile else ():
         tell(f"profile {number} of {options.repetitions}")
         recorder.repeat()
-        device = _best(device, _probe(facts))
+        limits.probe()
     return BenchResult(
-        facts, device, timer.results(device), peak_rss_bytes, recorder.profiles(device), recorder.last_runs()
+        model.facts,
+        limits.device,
+        timer.results(limits),
+        peak_rss_bytes,
+        limits.weights_bytes_per_s,
+        recorder.profiles(limits.device),
+        recorder.last_runs(),
     )
+
+
+class _Limits:
+    """The best that the machine has shown: to the probes, and where the weights are read and nothing is computed."""
+
+    def __init__(self, model: TextGenerator) -> None:
+        self._model = model
+        self.device = self._probed()
+        self.weights_s = self._read_s()
+
+    def probe(self) -> None:
+        found, read_s = self._probed(), self._read_s()
+        self.device = replace(
+            self.device,
+            read_bytes_per_s=max(self.device.read_bytes_per_s, found.read_bytes_per_s),
+            int8_ops_per_s=max(self.device.int8_ops_per_s, found.int8_ops_per_s),
+        )
+        if self.weights_s is not None and read_s is not None:
+            self.weights_s = min(self.weights_s, read_s)
+
+    @property
+    def weights_bytes_per_s(self) -> float | None:
+        return self._model.facts.token_bytes / self.weights_s if self.weights_s else None
+
+    def _probed(self) -> DeviceFacts:
+        facts = self._model.facts
+        return measure(facts.num_threads, facts.isa if facts.backend == "cpu" else None)
+
+    def _read_s(self) -> float | None:
+        return min((s for _ in range(_NUM_READS) if (s := self._model.read_weights_s()) is not None), default=None)
 
 
 class _Timer:
@@ -131,16 +167,18 @@ class _Timer:
             self._total_s += timing.total_s
             self._busy_s += timing.busy_s
 
-    def results(self, device: DeviceFacts) -> tuple[Speed, ...]:
-        options, facts, results = self._options, self._model.facts, []
+    def results(self, limits: _Limits) -> tuple[Speed, ...]:
+        options, facts, device, results = self._options, self._model.facts, limits.device, []
         if self._prefill:
             share = facts.token_ops * statistics.median(self._prefill) / device.int8_ops_per_s
             results.append(Speed(f"pp{options.prompt_tokens}", tuple(self._prefill), "int8 rate", share, None))
         if self._decode:
-            share = facts.token_bytes * statistics.median(self._decode) / device.read_bytes_per_s
+            median = statistics.median(self._decode)
+            share = facts.token_bytes * median / device.read_bytes_per_s
+            weights_share = limits.weights_s and limits.weights_s * median
             name = _decode_name(options.decode_tokens, options.depth)
             python_share = 1 - self._busy_s / self._total_s
-            results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share))
+            results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share, weights_share))
         return tuple(results)
 
 
@@ -175,18 +213,6 @@ class _Recorder:
 
 def _decode_name(num_tokens: int, depth: int) -> str:
     return f"tg{num_tokens}" + (f" @ d{depth}" if depth else "")
-
-
-def _probe(facts: ModelFacts) -> DeviceFacts:
-    return measure(facts.num_threads, facts.isa if facts.backend == "cpu" else None)
-
-
-def _best(a: DeviceFacts, b: DeviceFacts) -> DeviceFacts:
-    return replace(
-        a,
-        read_bytes_per_s=max(a.read_bytes_per_s, b.read_bytes_per_s),
-        int8_ops_per_s=max(a.int8_ops_per_s, b.int8_ops_per_s),
-    )
 
 
 def _peak_rss_bytes() -> int | None:

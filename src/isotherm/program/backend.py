@@ -43,6 +43,9 @@ class CompiledProgram(Protocol):
     def busy_s(self) -> float:
         """Seconds spent computing since it was made."""
 
+    def read_weights_s(self) -> float | None:
+        """Seconds in which the threads read every weight of a token once and compute nothing; None: it cannot tell."""
+
     def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
         """What `run` gives, and what each thread did in it: at most `num_batches` batches, the head once for each.
 

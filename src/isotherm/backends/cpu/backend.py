@@ -81,6 +81,9 @@ class CompiledCpu:
     def busy_s(self) -> float:
         return self._executor.busy_s
 
+    def read_weights_s(self) -> float:
+        return self._executor.read_weights()
+
     def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
         capacity = num_batches * max_marks(self._program) + 1
         walks: list[Walk] = []

@@ -90,6 +90,9 @@ class CompiledReference:
         self.busy_s += time.perf_counter() - started
         return values[self._program.logits]
 
+    def read_weights_s(self) -> None:
+        return None
+
     def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
         raise OptionError("the reference backend does not profile; use --backend cpu, or measure without --profile")
 
