@@ -141,7 +141,8 @@ class Engine:
             stall_tokens=limits.stall_tokens,
             max_running=limits.max_running,
         )
-        self._changed = threading.Condition(threading.Lock())  # guards what follows, and the scheduler
+        # Guards what follows, and the scheduler. Reentrant: a generator may be finalised while its thread holds it.
+        self._changed = threading.Condition(threading.RLock())
         self._stepping: int | None = None  # the thread that computes
         self._left: deque[Job] = deque()  # no longer wanted; anyone may add at any time, a finaliser too: no lock
 
