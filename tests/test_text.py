@@ -1,6 +1,5 @@
 """TextGenerator: streaming, stop strings, messages, limits of its life."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -101,12 +100,22 @@ def test_a_closed_stream_leaves_the_model_usable(model: TextGenerator) -> None:
     assert model.generate("the rain", max_tokens=2).num_tokens <= 2
 
 
-def test_a_second_call_during_a_stream_is_an_error_and_not_a_deadlock(model: TextGenerator) -> None:
-    stream = model.stream("the rain", max_tokens=50)
-    next(stream)
-    with pytest.raises(OptionError, match="still streaming"):
+def test_two_streams_of_one_thread_take_turns_and_other_calls_go_between(model: TextGenerator) -> None:
+    expected = [model.generate(text, max_tokens=12).token_ids for text in ("the rain", "on the sand")]
+    one, two = (model.stream(text, max_tokens=12) for text in ("the rain", "on the sand"))
+    pieces = [next(one), next(two), next(two)]
+    assert model.logits(model.prompt_ids("spain")).shape[0] > 0
+    pieces += [*one, *two]
+    assert [piece.answer.token_ids for piece in pieces if piece.answer] == expected
+
+
+def test_a_call_inside_one_that_computes_is_an_error_and_not_a_deadlock(model: TextGenerator) -> None:
+    blocks = model.logit_blocks(model.prompt_ids("the rain"), [0, 1], block_rows=1)
+    next(blocks)
+    with pytest.raises(OptionError, match="still running"):
         model.generate("the rain", max_tokens=2)
-    stream.close()
+    blocks.close()
+    assert model.generate("the rain", max_tokens=2).num_tokens <= 2
 
 
 def test_a_closed_model_says_so(path: Path) -> None:
@@ -114,20 +123,6 @@ def test_a_closed_model_says_so(path: Path) -> None:
         pass
     with pytest.raises(OptionError, match="was closed"):
         model.generate("the rain")
-
-
-def test_threads_take_turns(model: TextGenerator) -> None:
-    expected = model.generate("the rain", max_tokens=8).token_ids
-    answers = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(model.generate("the rain", max_tokens=8).token_ids))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [expected] * 4
 
 
 def test_what_cannot_fit_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

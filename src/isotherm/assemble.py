@@ -13,8 +13,8 @@ from isotherm.backends.cpu.isa import choose_isa
 from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
 from isotherm.backends.cpu.packing import open_packed, pack_in_memory, packed_entries
 from isotherm.backends.reference.backend import ReferenceBackend
-from isotherm.engine.engine import Engine
-from isotherm.engine.kv_pages import pages_needed
+from isotherm.engine.engine import Engine, EngineLimits
+from isotherm.engine.kv_pages import pages_for, pages_needed
 from isotherm.errors import InsufficientMemory, OptionError
 from isotherm.facts import MemoryForecast, ModelFacts
 from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
@@ -37,6 +37,7 @@ KV_TYPES = tuple(kv_type.value for kv_type in KvType)
 DEFAULT_CACHE_BYTES = 64 << 30  # of packed models, the least recently used go first
 
 _BATCH_TOKENS = 512
+_MAX_RUNNING = 4  # sequences that are computed together; those with windows keep pages for each
 _LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
 _MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
 
@@ -113,7 +114,9 @@ class _Assembly:
             threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
         tokenizer = build_tokenizer(checkpoint.tokenizer)
-        engine = Engine(compiled, lowered, context_tokens=context_tokens, batch_tokens=limits.max_tokens)
+        engine = Engine(
+            compiled, lowered, EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, _MAX_RUNNING)
+        )
         facts = ModelFacts(
             name=name,
             path=checkpoint.path,
@@ -141,7 +144,10 @@ class _Assembly:
 
     def _limits(self, context_tokens: int) -> CpuLimits:
         batch_tokens = min(_BATCH_TOKENS, context_tokens)
-        num_pages = tuple(pages_needed(state, context_tokens, batch_tokens) for state in self._lowered.states)
+        num_pages = tuple(
+            min(pages_for(context_tokens), _MAX_RUNNING * pages_needed(state, context_tokens, batch_tokens))
+            for state in self._lowered.states
+        )
         return CpuLimits(context_tokens, num_pages, max_tokens=batch_tokens)
 
     def _forecast(self, context_tokens: int) -> MemoryForecast:

@@ -1,8 +1,6 @@
 """TextGenerator: tokenizer and engine behind one object, the door for Python, command line and server."""
 
-import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypedDict
 
@@ -52,14 +50,12 @@ class Piece:
 
 
 class TextGenerator:
-    """A loaded model. Thread safe: calls of several threads take turns. `isotherm.load` makes it."""
+    """A loaded model. Thread safe: answers of several threads are computed together. `isotherm.load` makes it."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, facts: ModelFacts) -> None:
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._template = template
-        self._lock = threading.Lock()
-        self._streaming_thread: int | None = None
         self.facts = facts
 
     @property
@@ -125,35 +121,34 @@ class TextGenerator:
         return ids
 
     def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
-        with self._turn() as engine:
-            facts, text = RunFacts(), _StopFilter(stop)
-            chosen: list[SampledToken] = []
-            detokenizer = Detokenizer(self._tokenizer, continues=True)
-            tokens = engine.generate(request, facts)
-            try:
-                for token in tokens:
-                    chosen.append(token)
-                    if piece := text.push(detokenizer.push(token.token_id)):
-                        yield Piece(piece)
-                    if text.stopped:
-                        break
-                rest = "" if text.stopped else text.finish(detokenizer.finish())
-            finally:
-                tokens.close()
-            ended = text.stopped or not facts.reached_limit
-            yield Piece(
-                rest,
-                Answer(
-                    text.emitted,
-                    tuple(token.token_id for token in chosen),
-                    "stop" if ended else "length",
-                    facts.num_prompt_tokens,
-                    facts.num_cached_tokens,
-                    facts.prefill_s,
-                    facts.decode_s,
-                    tuple(chosen),
-                ),
-            )
+        facts, text = RunFacts(), _StopFilter(stop)
+        chosen: list[SampledToken] = []
+        detokenizer = Detokenizer(self._tokenizer, continues=True)
+        tokens = self._open_engine().generate(request, facts)
+        try:
+            for token in tokens:
+                chosen.append(token)
+                if piece := text.push(detokenizer.push(token.token_id)):
+                    yield Piece(piece)
+                if text.stopped:
+                    break
+            rest = "" if text.stopped else text.finish(detokenizer.finish())
+        finally:
+            tokens.close()
+        ended = text.stopped or not facts.reached_limit
+        yield Piece(
+            rest,
+            Answer(
+                text.emitted,
+                tuple(token.token_id for token in chosen),
+                "stop" if ended else "length",
+                facts.num_prompt_tokens,
+                facts.num_cached_tokens,
+                facts.prefill_s,
+                facts.decode_s,
+                tuple(chosen),
+            ),
+        )
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of `text`; add_special adds BOS (and EOS) where the model asks for it."""
@@ -174,55 +169,36 @@ class TextGenerator:
             raise OptionError("there are no tokens to compute logits of")
         if not all(0 <= token < self.facts.config.vocab_size for token in token_ids):
             raise OptionError(f"token ids must lie in 0..{self.facts.config.vocab_size - 1}")
-        with self._turn() as engine:
-            yield from engine.logit_blocks(token_ids, rows, block_rows)
+        yield from self._open_engine().logit_blocks(token_ids, rows, block_rows)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Measures: seconds that a prompt of `num_tokens` takes, nothing of it cached."""
-        with self._turn() as engine:
-            return engine.time_prefill(num_tokens)
+        return self._open_engine().time_prefill(num_tokens)
 
     def decode_s(self, num_tokens: int, *, depth: int = 0) -> DecodeTiming:
         """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
-        with self._turn() as engine:
-            return engine.time_decode(num_tokens, depth)
+        return self._open_engine().time_decode(num_tokens, depth)
 
     def read_weights_s(self) -> float | None:
         """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
-        with self._turn() as engine:
-            return engine.read_weights_s()
+        return self._open_engine().read_weights_s()
 
     def record_prefill(self, num_tokens: int) -> RecordedRun:
         """`prefill_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
-        with self._turn() as engine:
-            return engine.record_prefill(num_tokens)
+        return self._open_engine().record_prefill(num_tokens)
 
     def record_decode(self, num_tokens: int, *, depth: int = 0) -> RecordedRun:
         """`decode_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
-        with self._turn() as engine:
-            return engine.record_decode(num_tokens, depth)
+        return self._open_engine().record_decode(num_tokens, depth)
 
     def close(self) -> None:
-        """Gives memory and threads back. A running answer ends first."""
-        with self._lock:
-            self._engine = None
+        """Gives memory and threads back, once running answers have ended."""
+        self._engine = None
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
             raise OptionError(f"{self.facts.name} was closed; load it again")
         return self._engine
-
-    @contextmanager
-    def _turn(self) -> Iterator[Engine]:
-        """The engine for one call; other threads wait. The thread that waits for its own stream would wait for ever."""
-        if self._streaming_thread == threading.get_ident():
-            raise OptionError("an answer of this thread is still streaming; finish or close it first")
-        with self._lock:
-            self._streaming_thread = threading.get_ident()
-            try:
-                yield self._open_engine()
-            finally:
-                self._streaming_thread = None
 
     def __enter__(self) -> Self:
         return self

@@ -1,88 +1,176 @@
-"""KV pages: invariants under random requests, without a device."""
+"""KV pages under random sequences, without a device: a dictionary of what each page was written with is the truth."""
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotherm.engine.kv_pages import CachedSequence, PagePool, PageTable, pages_for, pages_needed
+from isotherm.engine.kv_pages import KvPages, PagePool, SequencePages, page_key, pages_for, pages_needed
 from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateKind, StateSpec
+
+BATCH = 96
 
 
 def state(window: int | None) -> StateSpec:
     return StateSpec(StateKind.KV if window is None else StateKind.KV_WINDOW, 2, 1, 16, window)
 
 
-def visible_pages(num_tokens: int, num_new: int, window: int | None) -> range:
-    """Page indices that the next `num_new` tokens after `num_tokens` read or write: the rule, spelled out."""
-    oldest = 0 if window is None else max(0, num_tokens + 1 - window)
-    return range(oldest // PAGE_TOKENS, (num_tokens + num_new - 1) // PAGE_TOKENS + 1)
+@dataclass
+class Device:
+    """Pages as a backend fills them: of each slot, the whole text up to its token."""
+
+    kv: KvPages
+    windows: tuple[int | None, ...]
+    slots: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def compute(self, sequence: SequencePages, ids: list[int]) -> None:
+        """Writes `ids` and checks all that they see."""
+        start = len(sequence.token_ids)
+        text = [*sequence.token_ids, *ids]
+        for group, window in enumerate(self.windows):
+            pages = sequence.page_tables[group]
+            for position in range(start, len(text)):
+                page, slot = divmod(position, PAGE_TOKENS)
+                assert pages[page] != FREED_PAGE
+                self.slots[group, int(pages[page]), slot] = tuple(text[: position + 1])
+            oldest = 0 if window is None else max(0, start + 1 - window)
+            for position in range(oldest, len(text)):
+                page, slot = divmod(position, PAGE_TOKENS)
+                assert self.slots[group, int(pages[page]), slot] == tuple(text[: position + 1])
+        sequence.commit(ids)
+
+
+def texts(num_tokens: int) -> st.SearchStrategy[list[int]]:
+    """Texts that often start alike: a few long runs of few tokens."""
+    run = st.tuples(st.integers(0, 2), st.integers(1, 150))
+    return st.lists(run, min_size=1, max_size=5).map(
+        lambda runs: [token for token, length in runs for _ in range(length)][:num_tokens]
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    window=st.one_of(st.none(), st.integers(1, 700)),
-    context_tokens=st.integers(65, 3000),
-    batch_tokens=st.integers(1, 512),
-    # Share of a full batch that comes next; a step may cut the sequence to a share of its length.
-    steps=st.lists(st.tuples(st.floats(0, 1), st.one_of(st.none(), st.floats(0, 1))), max_size=20),
-)
-def test_every_visible_position_has_a_page_of_its_own(
-    window: int | None, context_tokens: int, batch_tokens: int, steps: list[tuple[float, float | None]]
-) -> None:
-    pool = PagePool(pages_needed(state(window), context_tokens, batch_tokens))
-    table = PageTable(pool, window, context_tokens)
-    num_pages, num_tokens = pool.num_free, 0
-    for share, cut in steps:
-        num_new = min(max(1, round(share * batch_tokens)), context_tokens - num_tokens)
-        if num_new == 0:
-            break
-        table.slide(num_tokens)
-        table.extend(num_tokens + num_new)  # PagePool asserts that it never runs dry
-        held = [int(table.pages[index]) for index in visible_pages(num_tokens, num_new, window)]
-        assert FREED_PAGE not in held
-        assert len(set(held)) == len(held)
-        assert np.count_nonzero(table.pages != FREED_PAGE) + pool.num_free == num_pages
-        num_tokens += num_new
-        if cut is not None:
-            shorter = round(cut * num_tokens)
-            num_tokens = shorter if table.can_truncate(shorter) else 0
-            table.truncate(shorter)
-            assert np.count_nonzero(table.pages != FREED_PAGE) + pool.num_free == num_pages
-    table.truncate(0)
-    assert pool.num_free == num_pages
-
-
-def test_a_window_frees_what_it_has_passed() -> None:
-    pool = PagePool(100)
-    table = PageTable(pool, 128, 4096)
-    table.extend(1024)
-    table.slide(1024)  # the next token, at position 1024, sees 897 to 1024: page 14 on
-    assert list(np.flatnonzero(table.pages != FREED_PAGE)) == [14, 15]
-    assert table.can_truncate(1023)
-    assert not table.can_truncate(512)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
     window=st.one_of(st.none(), st.integers(1, 200)),
-    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=300), min_size=2, max_size=6),
+    num_sequences=st.integers(1, 4),
+    actions=st.lists(st.tuples(st.integers(0, 3), texts(400), st.booleans()), max_size=14),
 )
-def test_a_kept_prefix_is_a_common_prefix_and_leaves_one_token_to_compute(
-    window: int | None, prompts: list[list[int]]
+def test_what_a_token_sees_is_what_its_text_wrote(
+    window: int | None, num_sequences: int, actions: list[tuple[int, list[int], bool]]
 ) -> None:
-    sequence = CachedSequence((state(None), state(window)), context_tokens=300, batch_tokens=64)
-    for prompt in prompts:
-        before = list(sequence.token_ids)
-        cached = sequence.keep_prefix(prompt)
-        assert cached < len(prompt)
-        assert sequence.token_ids == before[:cached] == prompt[:cached]
-        for start in range(cached, len(prompt), 64):
-            chunk = prompt[start : start + 64]
-            sequence.reserve(len(chunk))
-            for table, size in zip(sequence.page_tables, (None, window), strict=True):
-                assert all(table[index] != FREED_PAGE for index in visible_pages(start, len(chunk), size))
-            sequence.commit(chunk)
+    windows = (None, window)
+    states = tuple(state(size) for size in windows)
+    counts = tuple(pages_needed(spec, 512, BATCH) + 3 for spec in states)  # hardly room for two
+    kv = KvPages(states, counts, 512)
+    device = Device(kv, windows)
+    running: dict[int, SequencePages] = {}
+    for which, text, ends in actions:
+        slot = which % num_sequences
+        if slot in running:
+            running.pop(slot).release()
+        sequence = kv.sequence()
+        num_found = sequence.find_prefix(text)
+        assert num_found < len(text)
+        assert sequence.token_ids == text[:num_found]
+        for start in range(num_found, len(text), BATCH):
+            chunk = text[start : start + BATCH]
+            if not sequence.reserve(len(chunk)):
+                break
+            device.compute(sequence, chunk)
+        if ends:
+            sequence.release()
+        else:
+            running[slot] = sequence
+    for sequence in running.values():
+        sequence.release()
+    assert [pool.num_available for pool in kv.pools] == list(counts)
+
+
+def test_a_sequence_alone_always_has_room() -> None:
+    for window in (None, 1, 64, 100, 500):
+        spec = state(window)
+        kv = KvPages((spec,), (pages_needed(spec, 512, BATCH),), 512)
+        for _ in range(3):
+            sequence = kv.sequence()
+            ids = list(range(512))
+            for start in range(sequence.find_prefix(ids), 512, BATCH):
+                assert sequence.reserve(len(ids[start : start + BATCH]))
+                sequence.commit(ids[start : start + BATCH])
+            sequence.release()
+
+
+def kept(kv: KvPages, text: list[int], after: list[int]) -> int:
+    """How much of `after` is found once `text` was computed and has ended."""
+    sequence = kv.sequence()
+    for start in range(sequence.find_prefix(text), len(text), BATCH):
+        assert sequence.reserve(len(text[start : start + BATCH]))
+        sequence.commit(text[start : start + BATCH])
+    sequence.release()
+    found = kv.sequence()
+    num_found = found.find_prefix(after)
+    found.release()
+    return num_found
+
+
+def test_a_prefix_is_found_to_the_token_at_the_end_and_to_the_page_inside() -> None:
+    spec = state(None)
+    text = list(range(300))
+    for after, expected in (
+        ([*text, 7], 300),
+        (text, 299),  # the last token is computed again
+        ([*text[:290], 7, 8], 290),
+        ([*text[:200], 7, 8], 192),
+        ([7, *text], 0),
+    ):
+        assert kept(KvPages((spec,), (16,), 512), text, after) == expected
+
+
+def test_a_window_needs_only_what_it_sees() -> None:
+    states = (state(None), state(100))
+    text = list(range(400))
+    assert kept(KvPages(states, (16, 16), 512), text, [*text, 7]) == 400
+
+
+def test_two_running_sequences_share_full_pages() -> None:
+    kv = KvPages((state(None),), (16,), 512)
+    one, two = kv.sequence(), kv.sequence()
+    text = list(range(200))
+    assert one.find_prefix(text) == 0
+    assert one.reserve(200)
+    one.commit(text)
+    assert two.find_prefix([*text, 7]) == 192
+    assert two.reserve(9)
+    np.testing.assert_array_equal(one.page_tables[0][:3], two.page_tables[0][:3])
+    assert one.page_tables[0][3] != two.page_tables[0][3]
+    one.release()
+    two.release()
+    assert kv.pools[0].num_available == 16
+
+
+def test_what_does_not_publish_leaves_nothing_behind() -> None:
+    kv = KvPages((state(None),), (16,), 512)
+    text = list(range(200))
+    sequence = kv.sequence(publishes=False)
+    assert sequence.reserve(200)
+    sequence.commit(text)
+    first = sequence.page_tables[0][:4].tolist()
+    sequence.release()
+    after = kv.sequence()
+    assert after.find_prefix([*text, 7]) == 0
+    assert after.reserve(200)
+    assert sorted(after.page_tables[0][:4].tolist()) == sorted(first)  # the same memory, touched once
+
+
+def test_the_start_of_texts_is_kept_longer_than_their_ends() -> None:
+    pool = PagePool(3)
+    keys = [page_key(b"", [index]) for index in range(3)]
+    for key in keys:
+        pool.publish(pool.take(), key)
+    for page in (2, 1, 0):  # as a sequence releases its pages
+        pool.release(page)
+    pool.take()
+    assert [pool.has(key) for key in keys] == [True, True, False]
 
 
 def test_pages_needed_is_bounded_by_the_window() -> None:

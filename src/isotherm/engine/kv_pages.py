@@ -1,10 +1,23 @@
-"""KV pages: which page of a state group holds which positions of a sequence."""
+"""KV pages: which page of a state group holds which tokens, and which sequences share it.
+
+A page that is full never changes again. It is published under a key that names its tokens and all tokens before it, so
+that any sequence that starts alike holds the same page. A page that nobody holds stays published until it is needed.
+The last page of a sequence that ended is not full: who goes on from there claims it, and writes on.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateSpec
+
+_ROOT = b""  # key of what comes before the first page
+_MAX_TAILS = 1024
 
 
 def pages_for(num_tokens: int) -> int:
@@ -19,109 +32,251 @@ def pages_needed(state: StateSpec, context_tokens: int, batch_tokens: int) -> in
     return min(pages_for(context_tokens), pages_for(state.window + batch_tokens) + 1)
 
 
+def page_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Names one page's tokens after those that `parent` names."""
+    return blake2b(np.array(token_ids, np.int32).tobytes(), key=parent, digest_size=16).digest()
+
+
 class PagePool:
-    """The pages of one state group that no sequence holds, lowest id first out."""
+    """The pages of one state group: each is held by sequences, or kept for who may come, or free."""
 
     def __init__(self, num_pages: int) -> None:
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages - 1, -1, -1))  # lowest id first out
+        self._num_holders = [0] * num_pages
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # published and held by none, the next to go first
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._kept)
 
     def take(self) -> int:
-        assert self._free, "the pool was sized for the context"
-        return self._free.pop()
+        """A page to write to. What was kept longest goes where none is free."""
+        if not self._free:
+            page, _ = self._kept.popitem(last=False)
+            self._withdraw(page)
+            self._free.append(page)
+        page = self._free.pop()
+        self._num_holders[page] = 1
+        return page
 
-    def give_back(self, page: int) -> None:
-        assert page not in self._free
-        self._free.append(page)
+    def has(self, key: bytes) -> bool:
+        return key in self._page_of
+
+    def is_kept(self, key: bytes) -> bool:
+        """Whether the page of `key` is there and nobody holds it: `claim` takes it out of `num_available`."""
+        return self._page_of.get(key) in self._kept
+
+    def share(self, key: bytes) -> int:
+        """The page that was published under `key`, to read."""
+        page = self._page_of[key]
+        self._kept.pop(page, None)
+        self._num_holders[page] += 1
+        return page
+
+    def claim(self, key: bytes) -> int:
+        """The kept page that was published under `key`, to write to; no longer published."""
+        page = self.share(key)
+        assert self._num_holders[page] == 1
+        self._withdraw(page)
+        return page
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Nothing happens where another page has the same tokens: it is as good, and this one goes with its holder."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
+
+    def release(self, page: int) -> None:
+        self._num_holders[page] -= 1
+        assert self._num_holders[page] >= 0
+        if self._num_holders[page]:
+            return
+        if page in self._key_of:
+            self._kept[page] = None
+        else:
+            self._free.append(page)
+
+    def _withdraw(self, page: int) -> None:
+        del self._page_of[self._key_of.pop(page)]
 
 
-class PageTable:
+@dataclass
+class _Table:
     """One sequence's pages of one state group.
 
-    [0, first)  freed: a window has passed   |   [first, end) held   |   [end, ..) not yet taken
+    [0, first)  passed by the window   |   [first, end) held   |   [end, ..) not yet taken
     """
 
-    def __init__(self, pool: PagePool, window: int | None, context_tokens: int) -> None:
-        self._pool = pool
-        self._window = window
-        self._first = 0
-        self._end = 0
-        self.pages: NDArray[np.int32] = np.full(pages_for(context_tokens), FREED_PAGE, np.int32)
+    pool: PagePool
+    window: int | None
+    pages: NDArray[np.int32]
+    first: int = 0
+    end: int = 0
 
-    def extend(self, num_tokens: int) -> None:
-        """Takes pages until `num_tokens` positions have one."""
-        for index in range(self._end, pages_for(num_tokens)):
-            self.pages[index] = self._pool.take()
-            self._end = index + 1
+    def oldest_visible(self, num_tokens: int) -> int:
+        """Index of the first page that the token after `num_tokens` sees."""
+        return 0 if self.window is None else max(0, num_tokens + 1 - self.window) // PAGE_TOKENS
 
     def slide(self, num_tokens: int) -> None:
-        """Frees the pages that no token after the first `num_tokens` can see."""
-        if self._window is None:
-            return
-        oldest_seen = max(0, num_tokens + 1 - self._window)
-        for index in range(self._first, min(self._end, oldest_seen // PAGE_TOKENS)):
-            self._release(index)
-            self._first = index + 1
+        for index in range(self.first, min(self.end, self.oldest_visible(num_tokens))):
+            self.release(index)
+            self.first = index + 1
 
-    def can_truncate(self, num_tokens: int) -> bool:
-        """Whether what the token after the first `num_tokens` would see is still held."""
-        oldest_seen = 0 if self._window is None else max(0, num_tokens + 1 - self._window)
-        return oldest_seen // PAGE_TOKENS >= self._first
-
-    def truncate(self, num_tokens: int) -> None:
-        """Gives back the pages after the first `num_tokens` positions; all of them where these are not held."""
-        keep = pages_for(num_tokens) if self.can_truncate(num_tokens) else 0
-        for index in range(max(keep, self._first), self._end):
-            self._release(index)
-        self._end = max(keep, self._first)
-        if keep == 0:
-            self._first = self._end = 0
-
-    def _release(self, index: int) -> None:
-        self._pool.give_back(int(self.pages[index]))
+    def release(self, index: int) -> None:
+        self.pool.release(int(self.pages[index]))
         self.pages[index] = FREED_PAGE
 
 
-class CachedSequence:
-    """A sequence's tokens whose keys and values the pages hold, and the tables of those pages."""
+@dataclass(frozen=True)
+class _Tail:
+    """The tokens of a kept page that is not full."""
 
-    def __init__(self, states: tuple[StateSpec, ...], context_tokens: int, batch_tokens: int) -> None:
-        self.token_ids: list[int] = []
-        self._tables = tuple(
-            PageTable(PagePool(pages_needed(state, context_tokens, batch_tokens)), state.window, context_tokens)
-            for state in states
+    key: bytes
+    token_ids: tuple[int, ...]
+
+
+class KvPages:
+    """All pages of a model, by state group, and what is known of the ends of past sequences."""
+
+    def __init__(self, states: tuple[StateSpec, ...], num_pages: tuple[int, ...], context_tokens: int) -> None:
+        self.pools = tuple(PagePool(count) for count in num_pages)
+        self._windows = tuple(state.window for state in states)
+        self._context_tokens = context_tokens
+        self._tails: OrderedDict[bytes, _Tail] = OrderedDict()  # by the key of the page before
+
+    def sequence(self, *, publishes: bool = True) -> "SequencePages":
+        """An empty sequence; one that does not publish leaves nothing for others to find."""
+        return SequencePages(self, publishes)
+
+    def tables(self) -> tuple[_Table, ...]:
+        size = pages_for(self._context_tokens)
+        return tuple(
+            _Table(pool, window, np.full(size, FREED_PAGE, np.int32))
+            for pool, window in zip(self.pools, self._windows, strict=True)
         )
+
+    def tail(self, parent: bytes) -> _Tail | None:
+        """The end that follows `parent`, if its pages are still kept."""
+        found = self._tails.get(parent)
+        if found and not all(pool.is_kept(found.key) for pool in self.pools):
+            del self._tails[parent]
+            return None
+        return found
+
+    def keep_tail(self, parent: bytes, tail: _Tail) -> None:
+        self._tails[parent] = tail
+        self._tails.move_to_end(parent)
+        if len(self._tails) > _MAX_TAILS:
+            self._tails.popitem(last=False)
+
+
+class SequencePages:
+    """One sequence's tokens whose keys and values are in pages, and the tables of those pages."""
+
+    def __init__(self, kv: KvPages, publishes: bool) -> None:
+        self._kv = kv
+        self._publishes = publishes
+        self._tables = kv.tables()
+        self._keys: list[bytes] = []  # of the full pages
+        self.token_ids: list[int] = []
 
     @property
     def page_tables(self) -> tuple[NDArray[np.int32], ...]:
         return tuple(table.pages for table in self._tables)
 
-    def keep_prefix(self, token_ids: list[int]) -> int:
-        """Drops all but the longest prefix that `token_ids` starts with and the pages can give; returns its length.
+    def find_prefix(self, token_ids: Sequence[int]) -> int:
+        """Holds the longest prefix of `token_ids` that pages have; returns its length. For an empty sequence.
 
-        The last of `token_ids` is never counted as cached: computing it gives the first logits.
+        The last of `token_ids` is never taken as computed: computing it gives the first logits.
         """
+        assert not self.token_ids
+        keys = self._published(token_ids[: len(token_ids) - 1])
+        num_pages = next(n for n in range(len(keys), -1, -1) if self._has_visible(keys[:n]))
+        self._keys = keys[:num_pages]
+        self.token_ids = list(token_ids[: num_pages * PAGE_TOKENS])
+        for table in self._tables:
+            table.first, table.end = table.oldest_visible(len(self.token_ids)), num_pages
+            for index in range(table.first, num_pages):
+                table.pages[index] = table.pool.share(keys[index])
+        self._claim_tail(token_ids)
+        return len(self.token_ids)
+
+    def reserve(self, num_new: int) -> bool:
+        """Pages for the next `num_new` tokens, of every group or of none; frees those that windows have passed."""
+        num_tokens = len(self.token_ids)
+        for table in self._tables:
+            table.slide(num_tokens)
+        wanted = pages_for(num_tokens + num_new)
+        if any(wanted - table.end > table.pool.num_available for table in self._tables):
+            return False
+        for table in self._tables:
+            for index in range(table.end, wanted):
+                table.pages[index] = table.pool.take()
+            table.end = max(table.end, wanted)
+        return True
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """These tokens were computed into the reserved pages; pages that they filled are published."""
+        self.token_ids.extend(token_ids)
+        if not self._publishes:
+            return
+        for index in range(len(self._keys), len(self.token_ids) // PAGE_TOKENS):
+            ids = self.token_ids[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]
+            self._keys.append(page_key(self._parent(), ids))
+            for table in self._tables:
+                if index >= table.first:
+                    table.pool.publish(int(table.pages[index]), self._keys[-1])
+
+    def release(self) -> None:
+        """Lets go of all pages, deepest first: what many sequences start with is kept longest."""
+        num_full, rest = divmod(len(self.token_ids), PAGE_TOKENS)
+        if rest and self._publishes:
+            ids = tuple(self.token_ids[num_full * PAGE_TOKENS :])
+            tail = _Tail(page_key(self._parent(), ids), ids)
+            for table in self._tables:
+                table.pool.publish(int(table.pages[num_full]), tail.key)
+            self._kv.keep_tail(self._parent(), tail)
+        for table in self._tables:
+            for index in range(table.end - 1, table.first - 1, -1):
+                table.release(index)
+            table.first = table.end = 0
+        self._keys, self.token_ids = [], []
+
+    def _parent(self) -> bytes:
+        return self._keys[-1] if self._keys else _ROOT
+
+    def _published(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Keys of the leading full pages that every group without a window has, and a group with one may have."""
+        keys: list[bytes] = []
+        whole = [table.pool for table in self._tables if table.window is None]
+        for start in range(0, len(token_ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            key = page_key(keys[-1] if keys else _ROOT, token_ids[start : start + PAGE_TOKENS])
+            if not all(pool.has(key) for pool in whole):
+                break
+            keys.append(key)
+        return keys
+
+    def _has_visible(self, keys: list[bytes]) -> bool:
+        """Whether each group has what the token after these pages sees."""
+        return all(
+            table.pool.has(key)
+            for table in self._tables
+            for key in keys[table.oldest_visible(len(keys) * PAGE_TOKENS) :]
+        )
+
+    def _claim_tail(self, token_ids: Sequence[int]) -> None:
+        start, limit = len(self.token_ids), len(token_ids) - 1
+        tail = self._kv.tail(self._parent())
         shared = 0
-        for ours, theirs in zip(self.token_ids, token_ids[:-1], strict=False):
-            if ours != theirs:
+        while tail and shared < len(tail.token_ids) and start + shared < limit:
+            if tail.token_ids[shared] != token_ids[start + shared]:
                 break
             shared += 1
-        if not all(table.can_truncate(shared) for table in self._tables):
-            shared = 0
+        if not tail or not shared:
+            return
         for table in self._tables:
-            table.truncate(shared)
-        del self.token_ids[shared:]
-        return shared
-
-    def reserve(self, num_new: int) -> None:
-        """Pages for the next `num_new` tokens; frees those that windows have passed."""
-        for table in self._tables:
-            table.slide(len(self.token_ids))
-            table.extend(len(self.token_ids) + num_new)
-
-    def commit(self, token_ids: list[int]) -> None:
-        """These tokens were computed: their keys and values stand in the reserved pages."""
-        self.token_ids.extend(token_ids)
+            table.pages[table.end] = table.pool.claim(tail.key)
+            table.end += 1
+        self.token_ids.extend(token_ids[start : start + shared])

@@ -1,0 +1,159 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill. Plain data, no device.
+
+A step has one token of each sequence that decodes, then chunks of prompts, up to `batch_tokens`; while others decode,
+chunks together are at most `stall_tokens`, so that a long prompt delays their next token by no more than that. Jobs are
+ranked by priority, then arrival. Where pages run out, the last ranked gives its own back and is computed anew later:
+its answer does not change.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.engine.kv_pages import KvPages, SequencePages
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence on its way. `tokens`: prompt, then what was chosen; `num_tokens` of them are there so far."""
+
+    tokens: NDArray[np.int32]
+    num_tokens: int
+    priority: int = 0
+    arrival: int = -1
+    pages: SequencePages | None = None  # None: it waits
+    num_found: int | None = None  # tokens that pages had when it first ran
+    owner: Any = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower runs first."""
+        return -self.priority, self.arrival
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens to compute before the next one can be chosen."""
+        return self.num_tokens - (len(self.pages.token_ids) if self.pages else 0)
+
+    def append(self, token_id: int) -> None:
+        self.tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """A job's part of a step: its next tokens; the last of them gives logits where nothing is missing after it."""
+
+    job: Job
+    pages: SequencePages
+    token_ids: list[int]
+    is_last: bool
+
+
+class Scheduler:
+    """Not thread safe."""
+
+    def __init__(self, kv: KvPages, *, batch_tokens: int, stall_tokens: int, max_running: int) -> None:
+        assert 1 <= max_running <= batch_tokens
+        self._kv = kv
+        self._batch_tokens = batch_tokens
+        self._stall_tokens = stall_tokens
+        self._max_running = max_running
+        self._arrivals = count()
+        self._waiting: list[Job] = []  # both by rank
+        self._running: list[Job] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def running(self) -> tuple[Job, ...]:
+        return tuple(self._running)
+
+    def add(self, job: Job) -> None:
+        job.arrival = next(self._arrivals)
+        insort(self._waiting, job, key=lambda waiting: waiting.rank)
+
+    def remove(self, job: Job) -> None:
+        """Finished or no longer wanted; nothing happens where it is neither waiting nor running."""
+        if job.pages is not None:
+            self._running.remove(job)
+            job.pages.release()
+            job.pages = None
+        elif job in self._waiting:
+            self._waiting.remove(job)
+
+    def preempt_all(self) -> None:
+        """Every running job gives its pages back and waits; most of them are found again."""
+        for job in reversed(self.running()):
+            self._preempt(job)
+
+    def plan(self) -> list[Share]:
+        """The next step; empty where nothing is left to do. What `commit` never hears of is planned again."""
+        for job in self.running():
+            if job.num_missing == 0:  # interrupted between commit and choice: its last token is computed once more
+                self._preempt(job)
+        shares: list[Share] = []
+        for job in self.running():
+            if job.num_missing == 1:
+                self._place(job, 1, shares)
+        left = self._batch_tokens - len(shares)
+        if shares:
+            left = min(left, self._stall_tokens)
+        for job in self.running():
+            if left and job.pages and job.num_missing > 1:
+                left -= self._place(job, min(left, job.num_missing), shares)
+        while left and self._waiting and len(self._running) < self._max_running:
+            num_new = self._admit(self._waiting[0], left, shares)
+            if not num_new:
+                break
+            left -= num_new
+        return shares
+
+    def commit(self, shares: list[Share]) -> None:
+        """These were computed."""
+        for share in shares:
+            share.pages.commit(share.token_ids)
+
+    def _place(self, job: Job, num_new: int, shares: list[Share]) -> int:
+        """Tokens of `job` that go into the step: num_new, or 0 where it has to wait for pages."""
+        if job.pages is None:  # preempted for one of higher rank, in this very plan
+            return 0
+        placed = {share.job for share in shares}
+        while not job.pages.reserve(num_new):
+            victim = next(other for other in reversed(self._running) if other not in placed)
+            if victim is job:  # the first ranked has its turn yet, and may take all: somebody is always placed
+                return 0
+            self._preempt(victim)
+        shares.append(self._share(job, job.pages, num_new))
+        return num_new
+
+    def _admit(self, job: Job, left: int, shares: list[Share]) -> int:
+        pages = self._kv.sequence()
+        num_found = pages.find_prefix(job.tokens[: job.num_tokens].tolist())
+        num_new = min(left, job.num_tokens - num_found)
+        if not pages.reserve(num_new):
+            pages.release()
+            return 0
+        self._waiting.remove(job)
+        job.pages = pages
+        if job.num_found is None:
+            job.num_found = num_found
+        insort(self._running, job, key=lambda running: running.rank)
+        shares.append(self._share(job, pages, num_new))
+        return num_new
+
+    def _preempt(self, job: Job) -> None:
+        self.remove(job)
+        insort(self._waiting, job, key=lambda waiting: waiting.rank)
+        self.num_preemptions += 1
+
+    def _share(self, job: Job, pages: SequencePages, num_new: int) -> Share:
+        start = len(pages.token_ids)
+        token_ids = job.tokens[start : start + num_new].tolist()
+        return Share(job, pages, token_ids, start + num_new == job.num_tokens)
