@@ -1,11 +1,13 @@
 """The scheduler without a device: whoever is added ends, with the tokens that it would have alone."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isotherm.engine.kv_pages import KvPages, pages_needed
+from isotherm.engine.kv_pages import KvPages, PagePool, SequencePages, pages_needed
 from isotherm.engine.scheduler import Job, Scheduler, Share
 from isotherm.program.recorder import StateKind, StateSpec
 
@@ -100,7 +102,7 @@ def test_every_job_ends_as_it_would_alone(
         if not shares and step > 20:
             break
         ended += run(scheduler, shares)
-    assert (len(scheduler.running()), scheduler.num_waiting) == (0, 0)
+    assert (scheduler.running(), scheduler.waiting()) == ([], [])
     for index, (_, prompt, answer, _) in enumerate(requests):
         if index not in cancelled:
             assert jobs[index] in ended
@@ -167,6 +169,40 @@ def test_priority_goes_before_arrival() -> None:
     while shares := scheduler.plan():
         order += run(scheduler, shares)
     assert order == [jobs[3], jobs[1], jobs[0], jobs[2]]
+
+
+def test_an_interrupt_anywhere_in_a_plan_loses_no_page_and_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, scheduler = make(most=3)
+    jobs = {job(list(range(start, start + 100)), 60): list(range(start, start + 100)) for start in (0, 1000, 2000)}
+    for each in jobs:
+        scheduler.add(each)
+    owners = {"take": PagePool, "release": PagePool, "share": PagePool, "commit": SequencePages}
+    calls = dict.fromkeys(owners, 0)
+
+    def interrupted(name: str) -> Callable[..., object]:
+        original = getattr(owners[name], name)
+
+        def call(*arguments: object) -> object:
+            result = original(*arguments)
+            calls[name] += 1
+            if calls[name] % 11 == 10:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    for name, owner in owners.items():
+        monkeypatch.setattr(owner, name, interrupted(name))
+    for _ in range(4000):
+        try:
+            if not (shares := scheduler.plan()):
+                break
+            run(scheduler, shares)
+        except KeyboardInterrupt:
+            scheduler.start_over()
+    assert (scheduler.running(), scheduler.waiting()) == ([], [])
+    assert [pool.num_available for pool in kv.pools] == [7]
+    assert all(each.tokens.tolist() == alone(prompt, 60) for each, prompt in jobs.items())
 
 
 def test_a_step_whose_token_was_never_chosen_is_computed_again() -> None:

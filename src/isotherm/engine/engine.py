@@ -194,10 +194,20 @@ class Engine:
             self._stepping = None
             self._changed.notify_all()
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what gives and takes pages: an interrupt inside would leave pages that nobody gives back."""
+        try:
+            yield
+        except BaseException:
+            self._scheduler.start_over()
+            raise
+
     def _step(self) -> None:
         """Computes one step. What is interrupted before its end never was."""
-        self._remove_ended()
-        shares = self._scheduler.plan()
+        with self._whole():
+            self._remove_ended()
+            shares = self._scheduler.plan()
         assert shares, "somebody waits, and nothing is left to compute"
         started = time.perf_counter()
         try:
@@ -206,7 +216,8 @@ class Engine:
             blocks = self._logits(sum(share.is_last for share in shares))
         finally:
             self._changed.acquire()
-        self._scheduler.commit(shares)
+        with self._whole():
+            self._scheduler.commit(shares)
         rows = (row for block in blocks for row in block)
         answers: list[_Answer] = [share.job.owner for share in shares]
         decoding = [answer.num_chosen > 0 for answer in answers]
@@ -247,13 +258,14 @@ class Engine:
                     raise self._would_wait_for_itself()
                 self._changed.wait()
             self._stepping = threading.get_ident()
-            self._remove_ended()
-            self._scheduler.preempt_all()
-        pages = self._kv.sequence(publishes=False)
         try:
-            yield pages
+            with self._whole():
+                self._remove_ended()
+                self._scheduler.preempt_all()
+                pages = self._kv.sequence(publishes=False)
+                yield pages
+                pages.release()
         finally:
-            pages.release()
             with self._changed, self._turn():
                 pass
 

@@ -141,9 +141,14 @@ class KvPages:
     """All pages of a model, by state group, and what is known of the ends of past sequences."""
 
     def __init__(self, states: tuple[StateSpec, ...], num_pages: tuple[int, ...], context_tokens: int) -> None:
-        self.pools = tuple(PagePool(count) for count in num_pages)
+        self._num_pages = num_pages
         self._windows = tuple(state.window for state in states)
         self._context_tokens = context_tokens
+        self.forget()
+
+    def forget(self) -> None:
+        """All pages are free and nothing is published. Sequences made before must not be used any more."""
+        self.pools = tuple(PagePool(count) for count in self._num_pages)
         self._tails: OrderedDict[bytes, _Tail] = OrderedDict()  # by the key of the page before
 
     def sequence(self, *, publishes: bool = True) -> "SequencePages":

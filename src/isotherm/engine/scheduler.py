@@ -64,34 +64,35 @@ class Scheduler:
         self._stall_tokens = stall_tokens
         self._max_running = max_running
         self._arrivals = count()
-        self._waiting: list[Job] = []  # both by rank
-        self._running: list[Job] = []
+        self._jobs: list[Job] = []  # by rank; those with pages run
         self.num_preemptions = 0
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def running(self) -> list[Job]:
+        return [job for job in self._jobs if job.pages is not None]
 
-    def running(self) -> tuple[Job, ...]:
-        return tuple(self._running)
+    def waiting(self) -> list[Job]:
+        return [job for job in self._jobs if job.pages is None]
 
     def add(self, job: Job) -> None:
         job.arrival = next(self._arrivals)
-        insort(self._waiting, job, key=lambda waiting: waiting.rank)
+        insort(self._jobs, job, key=lambda other: other.rank)
 
     def remove(self, job: Job) -> None:
         """Finished or no longer wanted; nothing happens where it is neither waiting nor running."""
-        if job.pages is not None:
-            self._running.remove(job)
-            job.pages.release()
-            job.pages = None
-        elif job in self._waiting:
-            self._waiting.remove(job)
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self._release(job)
 
     def preempt_all(self) -> None:
         """Every running job gives its pages back and waits; most of them are found again."""
         for job in reversed(self.running()):
             self._preempt(job)
+
+    def start_over(self) -> None:
+        """After an interrupt in the middle of any of this: whoever held which page is forgotten, and all jobs wait."""
+        self._kv.forget()
+        for job in self._jobs:
+            job.pages = None
 
     def plan(self) -> list[Share]:
         """The next step; empty where nothing is left to do. What `commit` never hears of is planned again."""
@@ -108,8 +109,10 @@ class Scheduler:
         for job in self.running():
             if left and job.pages and job.num_missing > 1:
                 left -= self._place(job, min(left, job.num_missing), shares)
-        while left and self._waiting and len(self._running) < self._max_running:
-            num_new = self._admit(self._waiting[0], left, shares)
+        for job in self.waiting():
+            if not left or len(self.running()) == self._max_running:
+                break
+            num_new = self._admit(job, left, shares)
             if not num_new:
                 break
             left -= num_new
@@ -126,7 +129,7 @@ class Scheduler:
             return 0
         placed = {share.job for share in shares}
         while not job.pages.reserve(num_new):
-            victim = next(other for other in reversed(self._running) if other not in placed)
+            victim = next(other for other in reversed(self.running()) if other not in placed)
             if victim is job:  # the first ranked has its turn yet, and may take all: somebody is always placed
                 return 0
             self._preempt(victim)
@@ -140,18 +143,20 @@ class Scheduler:
         if not pages.reserve(num_new):
             pages.release()
             return 0
-        self._waiting.remove(job)
         job.pages = pages
         if job.num_found is None:
             job.num_found = num_found
-        insort(self._running, job, key=lambda running: running.rank)
         shares.append(self._share(job, pages, num_new))
         return num_new
 
     def _preempt(self, job: Job) -> None:
-        self.remove(job)
-        insort(self._waiting, job, key=lambda waiting: waiting.rank)
+        self._release(job)
         self.num_preemptions += 1
+
+    def _release(self, job: Job) -> None:
+        if job.pages is not None:
+            job.pages.release()
+            job.pages = None
 
     def _share(self, job: Job, pages: SequencePages, num_new: int) -> Share:
         start = len(pages.token_ids)
