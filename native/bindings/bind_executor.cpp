@@ -44,8 +44,7 @@ WeightType weight_type(const std::string& name) {
 }
 
 const KernelTable& table(const std::string& isa) {
-  for (const auto* candidate : available_tables())
-    if (isa == candidate->name) return *candidate;
+  if (const KernelTable* found = find_table(isa)) return *found;
   throw std::invalid_argument("instruction set " + isa);
 }
 

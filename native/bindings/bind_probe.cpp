@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "../runtime/isa.h"
@@ -14,9 +13,7 @@ using namespace isotherm;
 namespace {
 
 void require_sound(const std::string& isa, int num_threads, int num_rounds, double round_s) {
-  const auto tables = available_tables();
-  if (std::none_of(tables.begin(), tables.end(), [&](const auto* table) { return isa == table->name; }))
-    throw std::invalid_argument("instruction set " + isa);
+  if (!find_table(isa)) throw std::invalid_argument("instruction set " + isa);
   if (num_threads < 1 || num_rounds < 1 || !(round_s >= 0)) throw std::invalid_argument("threads, rounds or seconds");
 }
 

@@ -135,23 +135,6 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
   return !stop_.load(std::memory_order_relaxed);
 }
 
-double Executor::read_weights() {
-  const auto started = std::chrono::steady_clock::now();
-  pool_.run([&](int thread) {
-    const auto read = [&](const Matrix& m) {
-      const size_t num_panels = static_cast<size_t>(m.num_panels()), num_threads = workers_.size();
-      const size_t first = num_panels * thread / num_threads, last = num_panels * (thread + 1) / num_threads;
-      kernels_.read_lines(m.data + first * m.panel_bytes, (last - first) * m.panel_bytes);
-    };
-    for (const Step& step : program_.steps) {
-      if (const auto* linear = std::get_if<LinearStep>(&step))
-        for (const Projection& p : linear->projections) read(p.weight);
-      if (const auto* glu = std::get_if<GluStep>(&step)) read(glu->weight);
-    }
-  });
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-}
-
 bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
   batch_ = batch;
   positions_.clear();

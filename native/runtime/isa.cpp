@@ -82,4 +82,10 @@ std::vector<const KernelTable*> available_tables() {
   return tables;
 }
 
+const KernelTable* find_table(const std::string& name) {
+  for (const KernelTable* table : available_tables())
+    if (name == table->name) return table;
+  return nullptr;
+}
+
 }  // namespace isotherm

@@ -146,8 +146,7 @@ double best_rate(ThreadPool& pool, int num_rounds, double round_s, const std::fu
 }  // namespace
 
 double measure_read(const std::string& isa, int num_threads, size_t buffer_bytes, int num_rounds, double round_s) {
-  const auto tables = available_tables();
-  const KernelTable& kernels = **std::find_if(tables.begin(), tables.end(), [&](auto* t) { return isa == t->name; });
+  const KernelTable& kernels = *find_table(isa);
   const size_t num_pieces = std::max<size_t>(buffer_bytes / kPieceBytes / num_threads, 1);  // of one thread
   const Arena arena(num_pieces * num_threads * kPieceBytes);
   struct alignas(64) Stream {

@@ -1,5 +1,6 @@
 // What each kind of step does on one thread. The barrier after a step is the walk's.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "executor.h"
@@ -137,6 +138,22 @@ bool Executor::run_step(const GluStep& step, size_t index, int thread) {
   };
   each_panel(w.num_panels(), num_rows, index, thread, panel);
   return false;
+}
+
+double Executor::read_weights() {
+  const auto started = std::chrono::steady_clock::now();
+  pool_.run([&](int thread) {
+    const auto read = [&](const Matrix& m) {
+      const Range mine = share(m.num_panels(), thread, pool_.num_threads());
+      kernels_.read_lines(m.data + mine.first * m.panel_bytes, (mine.last - mine.first) * m.panel_bytes);
+    };
+    for (const Step& step : program_.steps) {
+      if (const auto* linear = std::get_if<LinearStep>(&step))
+        for (const Projection& p : linear->projections) read(p.weight);
+      if (const auto* glu = std::get_if<GluStep>(&step)) read(glu->weight);
+    }
+  });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
 }
 
 bool Executor::run_step(const AddNormStep& step, size_t index, int thread) {
