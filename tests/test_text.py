@@ -9,7 +9,8 @@ from tiny_models import write_tiny
 
 import isotherm
 from isotherm.errors import InsufficientMemory, OptionError
-from isotherm.text import TextGenerator, _StopFilter
+from isotherm.answer import _StopFilter
+from isotherm.text import TextGenerator
 from isotherm.types import QuantType
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
