@@ -36,13 +36,14 @@ ARROWS: dict[str, set[str]] = {
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
-    "text": DATA | {"tokenization", "engine"},
+    "answer": DATA | {"tokenization", "engine"},
+    "text": DATA | {"answer", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
-    "cli": DATA | {"", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
+    "cli": DATA | {"", "answer", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
 }
 # what a command may import beside what all commands may: the room that it is about
 COMMANDS: dict[str, set[str]] = {
