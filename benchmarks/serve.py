@@ -12,7 +12,9 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from typing import Any
 
 from peers import RESULTS, commit
 from serve_rounds import ISOTHERM, LLAMA, Run, Sample, load_round, one_round, read_texts, turns_round
-from servers import ServerFailed, version_of_llama_server
+from servers import ServerFailed
 
 import isotherm
 from isotherm.probe import measure, physical_cores
@@ -212,6 +214,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("answers must have two tokens at least")
     if not options.isotherm and not options.llama_server:
         parser.error("no engine")
+    if options.llama_server and not shutil.which(options.llama_server):
+        parser.error(f"no program {options.llama_server}")
     return options
 
 
@@ -222,8 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.isotherm:
         run.facts[ISOTHERM] = {"version": isotherm.__version__}
     if options.llama_server:
-        run.facts[LLAMA] = {"version": version_of_llama_server(options.llama_server)}
+        version = subprocess.run([options.llama_server, "--version"], capture_output=True, text=True)
+        run.facts[LLAMA] = {"version": " ".join((version.stdout + version.stderr).split())}
     measure_rounds(run, mode)
+    if not run.samples:
+        raise SystemExit("".join(f"{name}: {reason}" for name, reason in run.left_out.items()))
     what = options.what or f"{mode.what}-{options.model.stem}"
     options.results.mkdir(parents=True, exist_ok=True)
     with (options.results / f"{date.today().isoformat()}-{what}.jsonl").open("a") as file:

@@ -47,18 +47,16 @@ class Run:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def command(self, engine: str, num_slots: int, slot_tokens: int) -> list[str]:
-        """Starts the engine's server, and is kept among its facts."""
+        """Starts the engine's server; among its facts it is kept without folders."""
         options, threads = self.options, str(self.options.threads)
         if engine == ISOTHERM:
             command = [*shlex.split(options.isotherm), "serve", str(options.model), "--threads", threads]
-            command += [
-                *(["--parallel", str(num_slots)] if num_slots > 1 else []),
-                *shlex.split(options.isotherm_flags),
-            ]
+            command += ["--parallel", str(num_slots)] if num_slots > 1 else []
+            command += shlex.split(options.isotherm_flags)
         else:
             command = [str(options.llama_server), "-m", str(options.model), "-t", threads, "-tb", threads]
             command += ["-np", str(num_slots), "-c", str(num_slots * slot_tokens), *shlex.split(options.llama_flags)]
-        self.facts[engine]["command"] = [Path(command[0]).name, *command[1:]]
+        self.facts[engine]["command"] = [Path(word).name if "/" in word else word for word in command]
         return command
 
     def cut(self, server: Server, num_tokens: int) -> list[str]:

@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import shutil
 import signal
 import socket
 import statistics
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
@@ -161,12 +159,3 @@ def _usage(pid: int) -> tuple[int, float]:
             rss_bytes += process.memory_info().rss
             cpu_s += times.user + times.system
     return rss_bytes, cpu_s
-
-
-def version_of_llama_server(path: Path) -> str:
-    """What `--version` says. Raises ServerFailed."""
-    found = shutil.which(path)
-    if found is None:
-        raise ServerFailed(f"no program {path}")
-    run = subprocess.run([found, "--version"], capture_output=True, text=True)
-    return " ".join((run.stdout + run.stderr).split())
