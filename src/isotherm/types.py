@@ -167,3 +167,14 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     num_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer has to follow, as a whole. kind: "json_schema", "json_object", "regex", "lark" or "gbnf".
+
+    source is in the kind's own language, "" for json_object.
+    """
+
+    kind: str
+    source: str = ""
