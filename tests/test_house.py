@@ -36,13 +36,15 @@ ARROWS: dict[str, set[str]] = {
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
-    "text": DATA | {"tokenization", "engine"},
+    "grammar": DATA | {"tokenization"},
+    "answer": DATA | {"tokenization", "engine"},
+    "text": DATA | {"answer", "grammar", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
-    "cli": DATA | {"", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
+    "cli": DATA | {"", "answer", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
 }
 # what a command may import beside what all commands may: the room that it is about
 COMMANDS: dict[str, set[str]] = {
@@ -55,7 +57,8 @@ COMMANDS: dict[str, set[str]] = {
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"backends", "engine", "evaluation", "formats", "program", "quantization", "text", "tokenization"},
+    "numpy": {"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "text", "tokenization"},
+    "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},
     "jinja2": {"tokenization"},
     "tokenizers": {"tokenization"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isotherm.errors import OptionError
-from isotherm.types import SamplingParams
+from isotherm.types import LoadOptions, SamplingParams
 
 Value = bool | int | float | str | None
 Origin = Literal["flag", "env", "file", "default"]
@@ -97,8 +97,15 @@ class Settings:
     )
 
     @property
-    def cache_bytes(self) -> int:
-        return int(self.cache_gib * _GIB)
+    def load_options(self) -> LoadOptions:
+        return LoadOptions(
+            context_tokens=self.ctx,
+            threads=self.threads,
+            backend=self.backend,
+            cache_bytes=int(self.cache_gib * _GIB),
+            offline=self.offline,
+            kv=self.kv,
+        )
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
         """With checked values of some settings in place of these."""

@@ -90,7 +90,9 @@ class GrammarCompiler:
                 log_level=0,
                 limits=llguidance.LLParserLimits(verbose_errors=False, **_LIMITS),
             )
-        except ValueError as error:
+        except GrammarError:
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
             raise _refusal(grammar.kind, str(error)) from error
         if matcher.is_error():
             raise _refusal(grammar.kind, matcher.get_error())
@@ -231,4 +233,5 @@ def _refusal(kind: str, reason: str) -> GrammarError:
 def _first_line(reason: str) -> str:
     """What the library says, without the dump of its state."""
     lines = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("<")]
-    return (lines or ["no reason is given"])[0][:300]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # of a regular expression
+    return ": ".join([*lines[:1], *told[:1]])[:400] or "no reason is given"
