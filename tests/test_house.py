@@ -57,7 +57,9 @@ COMMANDS: dict[str, set[str]] = {
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "text", "tokenization"},
+    "numpy": {
+        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "text", "tokenization"},
+    },
     "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},
     "jinja2": {"tokenization"},

@@ -2,21 +2,24 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.answer import Answer, Piece, TextStream
 from isotherm.engine.engine import Engine, EngineLoad
-from isotherm.engine.request import Request
+from isotherm.engine.request import Constraint, Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
-from isotherm.grammar.compiler import GrammarCompiler, GrammarConstraint
 from isotherm.tokenization.chat import ChatTemplate
 from isotherm.tokenization.tokenizer import Tokenizer
 from isotherm.types import Grammar, SamplingParams
+
+if TYPE_CHECKING:
+    from isotherm.grammar.compiler import GrammarCompiler
 
 
 class Message(TypedDict):
@@ -33,7 +36,6 @@ class TextGenerator:
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
         self._template = template
-        self._grammars = GrammarCompiler(tokenizer, facts.config.vocab_size)
         self.facts = facts
 
     @property
@@ -65,9 +67,10 @@ class TextGenerator:
 
         prompt: text, one user message where the model has a chat template and `raw` is false; or messages.
         max_tokens: None for as many as the context holds. stop: strings that end the answer and are not part of it.
-        grammar: what the answer, up to a stop string, has to follow. Fields of SamplingParams may be given by name; greedy
-        by default. Raises ContextOverflow, GrammarError, TemplateError, OptionError; TypeError for an option that does not exist. Closing the
-        iterator stops the answer; so does Ctrl-C, as KeyboardInterrupt. The object stays usable after either.
+        grammar: what the answer has to follow, up to a stop string. Fields of SamplingParams may be given by name;
+        greedy by default.
+        Raises ContextOverflow, TemplateError, GrammarError, OptionError; TypeError for an option that does not exist.
+        Closing the iterator stops the answer, and so does Ctrl-C, as KeyboardInterrupt; the object stays usable.
         """
         params = replace(sampling or SamplingParams(), **sampling_fields)
         _check_answer_options(max_tokens, stop)
@@ -75,7 +78,13 @@ class TextGenerator:
         self._open_engine().num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
         return self._run(replace(request, constraint=self._constraint(grammar)), tuple(stop))
 
-    def _constraint(self, grammar: Grammar | None) -> GrammarConstraint | None:
+    @cached_property
+    def _grammars(self) -> "GrammarCompiler":
+        from isotherm.grammar.compiler import GrammarCompiler  # its library takes long to import, and few need it
+
+        return GrammarCompiler(self._tokenizer, self.facts.config.vocab_size)
+
+    def _constraint(self, grammar: Grammar | None) -> Constraint | None:
         return None if grammar is None else self._grammars.compile(grammar)
 
     def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
@@ -186,6 +195,7 @@ class TextGenerator:
     def close(self) -> None:
         """Gives memory and threads back, once running answers have ended."""
         self._engine = None
+        vars(self).pop("_grammars", None)
 
     def _open_engine(self) -> Engine:
         if self._engine is None:

@@ -5,7 +5,9 @@ and whose stacks are large: the library recurses as deep as a chain of reference
 """
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 
 import llguidance
@@ -26,14 +28,15 @@ _NUM_MASK_WORKERS = 2
 _STACK_BYTES = 128 << 20
 _STARTING = threading.Lock()
 # A mask takes up to some 20 ms at these limits, the first one 100 ms, and a constraint 50 to 100 MB.
-_LIMITS = {
-    "initial_lexer_fuel": 250_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 500_000,
-}
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=250_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_items_in_row=2_000,
+    max_lexer_states=50_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
 # Small models like to go on with white space for ever.
 _JSON_SPACE = r"[ \n\r\t]{1,32}"
 
@@ -63,8 +66,8 @@ class GrammarCompiler:
         except TimeoutError as error:
             compiled.cancel()
             raise GrammarError(
-                f"the {grammar.kind} took longer than {_COMPILE_TIMEOUT_S:g} s to compile; make it simpler, or try again "
-                "where others were being compiled"
+                f"the {grammar.kind} took longer than {_COMPILE_TIMEOUT_S:g} s to compile; make it simpler, or try "
+                "again where others were being compiled"
             ) from error
 
     @cached_property
@@ -83,22 +86,12 @@ class GrammarCompiler:
     def _build(
         self, grammar: Grammar, vocabulary: llguidance.LLTokenizer, workers: ThreadPoolExecutor
     ) -> "GrammarConstraint":
-        try:
-            matcher = llguidance.LLMatcher(
-                vocabulary,
-                _library_form(grammar),
-                log_level=0,
-                limits=llguidance.LLParserLimits(verbose_errors=False, **_LIMITS),
-            )
-        except GrammarError:
-            raise
-        except BaseException as error:  # a panic of the library is no Exception
-            raise _refusal(grammar.kind, str(error)) from error
-        if matcher.is_error():
-            raise _refusal(grammar.kind, matcher.get_error())
+        with _refusals(grammar.kind):
+            matcher = llguidance.LLMatcher(vocabulary, _library_form(grammar), log_level=0, limits=_LIMITS)
+            if matcher.is_error():
+                raise ValueError(matcher.get_error())
         constraint = GrammarConstraint(matcher, grammar.kind, self._tokenizer, self._vocab_size, workers)
-        if constraint.compute(np.zeros(0, np.int32)) is None and not matcher.is_accepting():
-            raise GrammarError(f"the {grammar.kind} allows no text at all; look for rules that have no end")
+        constraint.compute(np.zeros(0, np.int32))
         return constraint
 
 
@@ -138,15 +131,8 @@ class GrammarConstraint:
 
     def compute(self, answer_ids: NDArray[np.int32]) -> Bitmask | None:
         """See `allowed`."""
-        with self._computing:
-            try:
-                return self._compute(answer_ids)
-            except GrammarError:
-                raise
-            except BaseException as panic:  # of the library: no signal is raised in a worker
-                if type(panic).__name__ != "PanicException":
-                    raise
-                raise self._stuck(str(panic)) from panic
+        with self._computing, _refusals(self._kind):
+            return self._compute(answer_ids)
 
     def _compute(self, answer_ids: NDArray[np.int32]) -> Bitmask | None:
         for token in answer_ids[self._num_consumed :].tolist():
@@ -170,9 +156,12 @@ class GrammarConstraint:
         return mask | self._ends if may_end else mask
 
     def _stuck(self, reason: str) -> GrammarError:
-        return GrammarError(
-            f"the {self._kind} stopped the answer after {self._num_consumed} tokens: {_first_line(reason)}; make it simpler"
-        )
+        where = f"the {self._kind}, after {self._num_consumed} tokens of the answer"
+        if "NoExtension" in reason:
+            return GrammarError(
+                f"{where}, allows no text that has an end; look for rules that refer to themselves only"
+            )
+        return GrammarError(f"{where}: {_first_line(reason)}; make the grammar simpler")
 
 
 class _Vocabulary:
@@ -197,7 +186,8 @@ class _Vocabulary:
         return tokenizer.is_special(token) and not is_space
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special=False, parse_special=False)
+        """Asked where only one text can follow: then only its own first token is allowed, not others that begin it."""
+        return self._tokenizer.encode_continuation(text)
 
 
 def _start_workers(num_workers: int, name: str) -> ThreadPoolExecutor:
@@ -226,12 +216,21 @@ def _library_form(grammar: Grammar) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _JSON_SPACE})
 
 
-def _refusal(kind: str, reason: str) -> GrammarError:
-    return GrammarError(f"the {kind} is not valid, or not supported: {_first_line(reason)}")
+@contextmanager
+def _refusals(kind: str) -> Iterator[None]:
+    """What the library raises becomes a GrammarError, a panic of its Rust code too, which is no Exception."""
+    try:
+        yield
+    except GrammarError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise GrammarError(f"the {kind} is not valid, or not supported: {_first_line(str(error))}") from error
 
 
 def _first_line(reason: str) -> str:
     """What the library says, without the dump of its state."""
     lines = [line.strip() for line in reason.splitlines() if line.strip() and not line.startswith("<")]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # of a regular expression
-    return ": ".join([*lines[:1], *told[:1]])[:400] or "no reason is given"
+    return " ".join([*lines[:1], *told[:1]])[:400] or "no reason is given"

@@ -27,7 +27,9 @@ def lark_of_gbnf(source: str) -> str:
         raise GrammarError("the gbnf has no rule named root, where an answer begins; add one")
     for name, rule in rules.items():
         if missing := sorted(rule.refers_to - rules.keys()):
-            raise GrammarError(f"the gbnf's rule {name} refers to {missing[0]}, which does not exist; add or correct it")
+            raise GrammarError(
+                f"the gbnf's rule {name} refers to {missing[0]}, which does not exist; add or correct it"
+            )
     terminals = _terminals(rules)
     lark_names = {name: f"T{i}" if name in terminals else f"r{i}" for i, name in enumerate(rules)}
     lines = [f"{lark_names[name]}: {rule.lark(lark_names)}" for name, rule in rules.items()]
