@@ -57,6 +57,7 @@ def _ask(body: MessagesRequest, defaults: SamplingParams) -> Ask:
         replace(defaults, **{name: value for name, value in given.items() if value is not None}),
         body.max_tokens,
         tuple(body.stop_sequences or ()),
+        grammar=body.grammar(),
     )
 
 

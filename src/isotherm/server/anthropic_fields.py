@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from isotherm.server.errors import bad_request
-from isotherm.server.openai_fields import Stop, Strict
+from isotherm.server.fields import Strict
+from isotherm.server.openai_fields import Stop
+from isotherm.server.output_format import schema_grammar
+from isotherm.types import Grammar
 
 Message = dict[str, Any]  # as OpenAI's API writes it
 
@@ -136,6 +139,15 @@ class Metadata(Strict):
     user_id: str | None = None
 
 
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    format: SchemaFormat | None = None
+
+
 class Conversation(Strict):
     """What a prompt is made of."""
 
@@ -146,6 +158,7 @@ class Conversation(Strict):
     tool_choice: Annotated[FreeChoice | NamedChoice | NoChoice, Field(discriminator="type")] | None = None
     thinking: Annotated[Adaptive | Disabled, Field(discriminator="type")] | None = None
     cache_control: CacheControl | None = None
+    output_config: OutputConfig | None = None
 
     def prompt(self) -> tuple[Message, ...]:
         """Messages in OpenAI's words. Turns of one role that follow each other are one, as Anthropic's API has it."""
@@ -173,6 +186,10 @@ class Conversation(Strict):
     @property
     def is_parallel(self) -> bool:
         return not getattr(self.tool_choice, "disable_parallel_tool_use", False)
+
+    def grammar(self) -> Grammar | None:
+        chosen = self.output_config and self.output_config.format
+        return schema_grammar(chosen.schema_) if chosen else None
 
     def variables(self) -> dict[str, Any]:
         """Names for the chat template."""
