@@ -50,7 +50,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
 
 def _ask(body: MessagesRequest, defaults: SamplingParams) -> Ask:
     _refuse_what_is_not_there(body)
-    given = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
+    given: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
     return Ask(
         body.model,
         body.prompt(),
@@ -93,7 +93,7 @@ class _Message:
         return {**self._head, "content": self._blocks.content, **self._stop(), "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
-        nothing = {"content": [], "stop_reason": None, "stop_sequence": None}
+        nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         yield _event({"type": "message_start", "message": {**self._head, **nothing, "usage": self._usage()}})
         yield _event({"type": "ping"})
         async for _, news in self._exchange.news():

@@ -1,7 +1,7 @@
 """What Anthropic's endpoints take, in the words of OpenAI's. What cannot be honoured is refused.
 
-Fields without effect, by what they mean: `metadata.user_id` and `service_tier` are labels; `cache_control` marks what to
-keep, and every prefix is kept as long as there is memory; the `signature` of a thinking block is for who checks it.
+Fields without effect, by what they mean: `metadata.user_id` and `service_tier` are labels; `cache_control` marks what
+to keep, and every prefix is kept as long as there is memory; the `signature` of a thinking block is for who checks it.
 """
 
 import json

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from isotherm.errors import InsufficientMemory, ModelNotFound
 from isotherm.server.errors import ApiError
 from isotherm.server.metrics import Metrics
+from isotherm.server.model_card import ModelCard
 from isotherm.server.worker import Worker
 from isotherm.text import TextGenerator
 
@@ -23,18 +24,28 @@ class Slot:
     """One model that may be asked for.
 
     name: what clients call it. source: what `isotherm.load` takes. keep_alive_s: for which it stays without answers.
+    read_card: raises what opening the file raises.
     """
 
     name: str
     source: str
     keep_alive_s: float
+    read_card: Callable[[], ModelCard]
     worker: Worker | None = None
     num_users: int = 0
     used_at: float = 0.0  # seconds since the epoch
     unload_at: float = FOREVER_S
     created_s: int = field(default_factory=lambda: int(time.time()))
+    leaves_when_idle: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+    _card: ModelCard | None = None
+
+    async def card(self) -> ModelCard:
+        """Read at the first question: a header takes a tenth of a second."""
+        if self._card is None:
+            self._card = await asyncio.to_thread(self.read_card)
+        return self._card
 
 
 class Shelf:
@@ -79,11 +90,19 @@ class Shelf:
             slot.num_users -= 1
             self._rest(slot, slot.keep_alive_s if keep_alive_s is None else keep_alive_s)
 
+    async def release(self, slot: Slot) -> None:
+        """Unloads it; where answers run, once they have ended."""
+        if slot.num_users:
+            slot.leaves_when_idle = True
+        else:
+            await self.unload(slot)
+
     async def unload(self, slot: Slot) -> None:
         """Gives its memory back; answers that run end with an error."""
         if slot.timer:
             slot.timer.cancel()
         worker, slot.worker, slot.unload_at = slot.worker, None, FOREVER_S
+        slot.leaves_when_idle = False
         if worker is not None:
             worker.abort(ApiError(503, "unavailable_error", f"{slot.name} was unloaded"))
             await asyncio.to_thread(worker.close)
@@ -106,6 +125,8 @@ class Shelf:
 
     def _rest(self, slot: Slot, keep_alive_s: float) -> None:
         """Nobody may be using it now: sets when it is unloaded."""
+        if slot.leaves_when_idle:
+            keep_alive_s = 0.0
         slot.used_at = time.time()
         if slot.timer:
             slot.timer.cancel()
