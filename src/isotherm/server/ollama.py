@@ -35,7 +35,7 @@ class Said:
 Shape = Callable[[Said], dict[str, Any]]
 
 
-def _as_message(said: Said) -> dict[str, Any]:
+def as_message(said: Said) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": said.content}
     if said.thinking:
         message["thinking"] = said.thinking
@@ -44,7 +44,7 @@ def _as_message(said: Said) -> dict[str, Any]:
     return {"message": message}
 
 
-def _as_response(said: Said) -> dict[str, Any]:
+def as_response(said: Said) -> dict[str, Any]:
     return {"response": said.content, **({"thinking": said.thinking} if said.thinking else {})}
 
 
@@ -54,16 +54,16 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if body.tools:
         raise bad_request("tools are not supported yet", "tools")
     if not body.messages:
-        return await _without_prompt(body, request, _as_message)
-    return await _answer(body, body.prompt(), request, _as_message)
+        return await _without_prompt(body, request, as_message)
+    return await _answer(body, body.prompt(), request, as_message)
 
 
 @router.post("/api/generate")
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """An answer to one prompt; without one the model is loaded, or unloaded."""
     if not body.prompt:
-        return await _without_prompt(body, request, _as_response)
-    return await _answer(body, await _single_prompt(body, request), request, _as_response)
+        return await _without_prompt(body, request, as_response)
+    return await _answer(body, await _single_prompt(body, request), request, as_response)
 
 
 async def _single_prompt(body: GenerateRequest, request: Request) -> str | tuple[dict[str, Any], ...]:

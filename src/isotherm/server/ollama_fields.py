@@ -1,7 +1,6 @@
 """What Ollama's endpoints take. What cannot be honoured is refused."""
 
 import json
-import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -43,7 +42,7 @@ def duration_s(value: object) -> float:
         sign, parts = found.groups()
         seconds = sum(float(number) * _UNITS_S.get(unit, 1.0) for number, unit in _PART.findall(parts))
         value = -seconds if sign == "-" else seconds
-    if isinstance(value, bool | str) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool | str) or not isinstance(value, int | float) or value != value:
         raise PydanticCustomError("duration", 'it must be a number of seconds, or text such as "5m"')
     return FOREVER_S if value < 0 or value > _LONGEST_S else float(value)
 
@@ -106,7 +105,9 @@ class AnswerFields(Strict):
         return self.top_logprobs or 0
 
     def grammar(self) -> Grammar | None:
-        return schema_grammar(self.format if isinstance(self.format, dict) else None) if self.format else None
+        if self.format in (None, ""):
+            return None
+        return schema_grammar(self.format if isinstance(self.format, dict) else None)
 
     def variables(self) -> dict[str, Any]:
         """Names for the chat template."""
