@@ -8,7 +8,7 @@ from isotherm.types import Grammar
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf")
 MAX_SCHEMA_BYTES = 128 << 10
-MAX_TEXT_BYTES = 32 << 10  # of a regular expression, Lark or GBNF
+MAX_TEXT_BYTES = 16 << 10  # of a regular expression, Lark or GBNF
 MAX_SCHEMA_NESTING = 100  # the library's parser ends at 128
 MAX_RULES = 500  # of Lark and GBNF: a chain of terminals costs more than its length
 
@@ -41,9 +41,9 @@ def _check_schema(source: str) -> None:
         raise GrammarError(f"the JSON schema is not JSON: {error}; correct it") from error
     except RecursionError as error:
         raise _too_deep() from error
-    if not isinstance(schema, dict | bool):
-        raise GrammarError(f"a JSON schema is an object, not {type(schema).__name__}; see json-schema's own guide")
-    if isinstance(schema, dict) and "x-guidance" in schema:
+    if not isinstance(schema, dict):
+        raise GrammarError(f"a JSON schema is an object, not {type(schema).__name__}; {{}} allows any value")
+    if "x-guidance" in schema:
         raise GrammarError("x-guidance in a JSON schema is not supported; remove it")
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_NESTING + 1):
