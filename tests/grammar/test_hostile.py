@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,7 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "lark doubled": (rules(24, "R", copies=2), "."),
     "lark rules": (rules(600, "r"), "602 lines, the limit is 500"),
     "lark nested": (lark("start: " + nested("(", ")", 400, '"a"')), "deeply nested"),
+    "lark temperature": (lark("start: a", 'a[temperature=0.5]: "x"'), "gives a rule a temperature"),
     "lark garbage": (Grammar("lark", "\0" * 999), "not valid"),
     "gbnf nested": (Grammar("gbnf", "root ::= " + nested("(", ")", 8000, '"a"')), "nested deeper than 24"),
     "gbnf without end": (Grammar("gbnf", 'root ::= root "a" | root "b"'), NO_END),
@@ -180,10 +182,8 @@ def test_the_next_grammar_works(compiler: GrammarCompiler) -> None:
     ),
 )
 def test_noise_is_refused_or_works(compiler: GrammarCompiler, kind: str, source: str) -> None:
-    try:
+    with suppress(GrammarError):  # anything else, a panic too, fails
         take_steps(compiler, Grammar(kind, source), 4)
-    except GrammarError as error:
-        assert str(error)
 
 
 def test_the_documentation_lists_the_limits() -> None:

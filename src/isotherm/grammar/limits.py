@@ -1,6 +1,7 @@
 """What of a grammar's source is refused before anything is built from it. Sources come from strangers."""
 
 import json
+import re
 from typing import Any
 
 from isotherm.errors import GrammarError
@@ -11,6 +12,8 @@ MAX_SCHEMA_BYTES = 128 << 10
 MAX_TEXT_BYTES = 16 << 10  # of a regular expression, Lark or GBNF
 MAX_SCHEMA_NESTING = 100  # the library's parser ends at 128
 MAX_RULES = 500  # of Lark and GBNF: a chain of terminals costs more than its length
+# llguidance reads it as an attribute of a rule and leaves it to the caller.
+_TEMPERATURE = re.compile(r"(?m)^\s*[?!]?\w+\s*\[[^\]\n]*\btemperature\b")
 
 
 def check_source(grammar: Grammar) -> None:
@@ -30,6 +33,8 @@ def check_source(grammar: Grammar) -> None:
         raise GrammarError("json_object takes no source; a schema goes with json_schema")
     if grammar.kind == "json_schema":
         _check_schema(grammar.source)
+    if grammar.kind == "lark" and _TEMPERATURE.search(grammar.source):
+        raise GrammarError("the lark gives a rule a temperature, which is not supported; give one to the whole answer")
     if grammar.kind in ("lark", "gbnf"):
         _check_rules(grammar.source)
 
