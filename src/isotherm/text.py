@@ -147,6 +147,10 @@ class TextGenerator:
         """Token ids of `text`; add_special adds BOS (and EOS) where the model asks for it."""
         return self._tokenizer.encode(text, add_special=add_special, parse_special=True)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token as it is spelled. Raises OptionError for no such token."""
+        return self._tokenizer.token_bytes(token_id)
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 

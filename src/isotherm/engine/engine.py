@@ -107,6 +107,9 @@ class Engine:
 
     def load(self) -> EngineLoad:
         with self._changed:
+            if self._stepping is None:
+                with self._whole():
+                    self._remove_ended()
             usage = max((pool.usage for pool in self._kv.pools), default=0.0)
             running, waiting = len(self._scheduler.running()), len(self._scheduler.waiting())
             return EngineLoad(running, waiting, usage, self._scheduler.num_preemptions)
