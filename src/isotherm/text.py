@@ -177,6 +177,8 @@ class TextGenerator:
 
     def close(self) -> None:
         """Gives memory and threads back, once running answers have ended."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def _open_engine(self) -> Engine:
