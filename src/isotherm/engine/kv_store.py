@@ -85,9 +85,12 @@ def open_store(
         return None
     least_bytes = sum(compiled.page_bytes)
     if options.kv_disk_bytes < least_bytes:
-        raise OptionError(f"kv_disk_bytes is {options.kv_disk_bytes}; {PAGE_TOKENS} tokens alone take {least_bytes}")
+        raise OptionError(
+            f"kv_disk_bytes is {options.kv_disk_bytes}; {PAGE_TOKENS} tokens of this model alone take {least_bytes}: "
+            f"give it more (--kv-disk-gib), or leave kv_dir out"
+        )
     identity = store_identity(model_identity, program, compiled)
-    return KvStore(options.kv_dir.expanduser().absolute(), identity, options.kv_disk_bytes, notice)
+    return KvStore(Path(options.kv_dir).expanduser().absolute(), identity, options.kv_disk_bytes, notice)
 
 
 class _Damaged(Exception):
@@ -102,7 +105,7 @@ class KvStore:
         self._folder = folder
         self._identity = identity
         self._cap_bytes = cap_bytes
-        self._notice = notice
+        self.notice = notice
         self._own_folder = folder / identity.hex()
         self._paused_until_s = 0.0
         self._uncounted_bytes = cap_bytes  # written since the folder was counted, which it never was
@@ -113,7 +116,7 @@ class KvStore:
             remove_leftovers(folder)
         except OSError as error:
             raise OptionError(
-                f"keys and values cannot be kept in {folder}: {error.strerror}; name another folder (kv_dir)"
+                f"keys and values cannot be kept in {folder}: {error.strerror}; name another folder (--kv-dir)"
             ) from error
 
     def has(self, group: int, key: bytes) -> bool:
@@ -128,7 +131,7 @@ class KvStore:
             return False
         except (_Damaged, OSError) as error:
             what = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-            self._notice(f"{path} {what}; what it held is computed again")
+            self.notice(f"{path} {what}; what it held is computed again")
             self._count(pages_damaged=1)
             with suppress(OSError):  # not ours to remove: whoever reads it next is told again
                 path.unlink()
@@ -157,7 +160,7 @@ class KvStore:
         except OSError as error:
             self._paused_until_s = time.monotonic() + _PAUSE_S
             self.skip(1)
-            self._notice(f"keys and values are not kept in {self._folder} for a while: {error.strerror}")
+            self.notice(f"keys and values are not kept in {self._folder} for a while: {error.strerror}")
         else:
             self._count(pages_written=1, bytes_written=page.nbytes)
 

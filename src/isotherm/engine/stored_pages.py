@@ -77,11 +77,12 @@ class StoredPages:
         """Its pages are to be let go of. A finaliser may call this at any time: it takes no lock."""
         self._queue.put(_Order.RELEASE)
 
-    def flush(self, timeout_s: float) -> bool:
-        """Waits until all that `keep` named is written; False: it took longer."""
+    def flush(self, timeout_s: float) -> None:
+        """Waits until all that `keep` named is written; tells where that takes longer."""
         done = threading.Event()
         self._queue.put(done)
-        return done.wait(timeout_s)
+        if not done.wait(timeout_s):
+            self._store.notice(f"the disk is slow: not all keys and values were written within {timeout_s:g} s")
 
 
 class _Order(Enum):
