@@ -126,6 +126,8 @@ class _Assembly:
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
+            parallel=self._parallel,
+            wanted_context_tokens=self._options.context_tokens or checkpoint.config.context_tokens,
             memory=memory,
             load_s=time.perf_counter() - started,
         )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from isotherm.answer import Answer, Piece, TextStream
 from isotherm.engine.engine import Engine, EngineLoad
+from isotherm.engine.kv_store import StoreCounts
 from isotherm.engine.request import Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
@@ -130,6 +131,10 @@ class TextGenerator:
         """Token ids of `text`; add_special adds BOS (and EOS) where the model asks for it."""
         return self._tokenizer.encode(text, add_special=add_special, parse_special=True)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token as it is spelled. Raises OptionError for no such token."""
+        return self._tokenizer.token_bytes(token_id)
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
@@ -175,8 +180,13 @@ class TextGenerator:
         with self._open_engine().alone() as solo:
             return solo.record_decode(num_tokens, depth)
 
+    @property
+    def store_counts(self) -> StoreCounts | None:
+        """KV pages read from `kv_dir` and written there since loading; None where none is used."""
+        return self._open_engine().store_counts
+
     def close(self) -> None:
-        """Gives memory and threads back, once running answers have ended."""
+        """Gives memory and threads back, once running answers have ended; before that, KV pages go to `kv_dir`."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None

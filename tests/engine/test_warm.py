@@ -50,7 +50,7 @@ def ask(model: TextGenerator, text: str = TEXT, **options: Any) -> Answer:
 
 
 def counts(model: TextGenerator) -> StoreCounts:
-    found = model._open_engine().store_counts
+    found = model.store_counts
     assert found is not None
     return found
 

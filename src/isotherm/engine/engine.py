@@ -117,6 +117,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         with self._changed:
+            self.release_ended()
             usage = max((pool.usage for pool in self._kv.pools), default=0.0)
             running, waiting = len(self._scheduler.running()), len(self._scheduler.waiting())
             return EngineLoad(running, waiting, usage, self._scheduler.num_preemptions)
