@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from multiprocessing.synchronize import Event
@@ -289,6 +290,32 @@ def test_a_full_disk_is_told_once_and_left_alone_for_a_while(tmp_path: Path, mon
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
     store.write(name(6), page(6))
     assert found(store, 6)
+
+
+def test_a_disk_that_stays_full_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    store = KvStore(tmp_path, IDENTITY, 1 << 30, notices.append)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    original = os.write
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for write, num_notices in ((full, 1), (full, 1), (original, 1), (full, 2)):
+        now[0] += 61
+        monkeypatch.setattr(os, "write", write)
+        store.write(name(1), page(1))
+        assert len(notices) == num_notices
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "kv")
+    for index in range(3):
+        shutil.rmtree(tmp_path / "kv")
+        assert not found(store, index)
+        store.write(name(index), page(index))
+        assert found(store, index)
 
 
 def write_within_limit(folder: Path) -> None:

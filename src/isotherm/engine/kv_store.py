@@ -108,6 +108,7 @@ class KvStore:
         self.notice = notice
         self._own_folder = folder / identity.hex()
         self._paused_until_s = 0.0
+        self._is_refused = False  # the last write was
         self._uncounted_bytes = cap_bytes  # written since the folder was counted, which it never was
         self._lock = threading.Lock()
         self.counts = StoreCounts()
@@ -148,11 +149,12 @@ class KvStore:
         return True
 
     def write(self, name: PageName, page: U8) -> None:
-        """Keeps the page. A disk that refuses it is told once, and left alone for a while."""
+        """Keeps the page. A disk that refuses it is left alone for a minute, and the user is told once."""
         if time.monotonic() < self._paused_until_s:
             self.skip(1)
             return
         try:
+            self._make_folder()
             self._make_room(page.nbytes)
             self._write(name, page)
         except FileNotFoundError:  # somebody emptied the folder, or took our file for a leftover before it was locked
@@ -160,8 +162,11 @@ class KvStore:
         except OSError as error:
             self._paused_until_s = time.monotonic() + _PAUSE_S
             self.skip(1)
-            self.notice(f"keys and values are not kept in {self._folder} for a while: {error.strerror}")
+            if not self._is_refused:
+                self.notice(f"keys and values are not kept in {self._folder} for now: {error.strerror}")
+            self._is_refused = True
         else:
+            self._is_refused = False
             self._count(pages_written=1, bytes_written=page.nbytes)
 
     def skip(self, num_pages: int) -> None:
@@ -206,7 +211,6 @@ class KvStore:
         path, head = self._path(name.group, name.key), self._head(name, page)
         parts = [memoryview(head + _CHECKSUM.pack(zlib.crc32(page.data, zlib.crc32(head)))), page.data]
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # two processes may write the same page
-        self._make_folder()
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,12 +251,13 @@ def _files(folder: Path, *, temporary: bool) -> Iterator[_File]:
     for own in os.scandir(folder):
         if not _FOLDER_NAME.fullmatch(own.name) or not own.is_dir(follow_symlinks=False):
             continue
-        for entry in os.scandir(own):
-            match = _FILE_NAME.fullmatch(entry.name)
-            if match and bool(match["temporary"]) is temporary:
-                with suppress(FileNotFoundError):  # removed by another process meanwhile
-                    status = entry.stat(follow_symlinks=False)
-                    yield _File(Path(entry.path), status.st_size, status.st_mtime_ns)
+        with suppress(FileNotFoundError):  # the folder was removed meanwhile
+            for entry in os.scandir(own):
+                match = _FILE_NAME.fullmatch(entry.name)
+                if match and bool(match["temporary"]) is temporary:
+                    with suppress(FileNotFoundError):  # and so was the file
+                        status = entry.stat(follow_symlinks=False)
+                        yield _File(Path(entry.path), status.st_size, status.st_mtime_ns)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -48,6 +48,10 @@ class StoredPages:
         )
         self._thread.start()
 
+    def _start_if_forked(self) -> None:
+        if not self._thread.is_alive():
+            self._start()
+
     @property
     def counts(self) -> StoreCounts:
         return self._store.counts
@@ -65,8 +69,7 @@ class StoredPages:
 
     def keep(self, names: Iterable[PageName]) -> None:
         """These are to be on disk, in this order; those that are count as used."""
-        if not self._thread.is_alive():  # a forked child starts one of its own
-            self._start()
+        self._start_if_forked()
         for name in names:
             if self._queue.qsize() < _MAX_QUEUED:
                 self._queue.put(name)
@@ -79,6 +82,7 @@ class StoredPages:
 
     def flush(self, timeout_s: float) -> None:
         """Waits until all that `keep` named is written; tells where that takes longer."""
+        self._start_if_forked()
         done = threading.Event()
         self._queue.put(done)
         if not done.wait(timeout_s):
