@@ -1,6 +1,8 @@
 """Conversations that go on from disk: the answer is that of a model which computes everything, bit for bit."""
 
 import gc
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -289,23 +291,36 @@ def test_an_engine_that_nobody_holds_goes_with_its_thread(path: Path, tmp_path: 
     assert engine() is None
 
 
+def test_a_forked_child_writes_too(path: Path, tmp_path: Path) -> None:
+    with load(path, tmp_path) as model:
+        expected = ask(model, "the sea " * 40)
+        forget(model)
+        shutil.rmtree(tmp_path)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                same = ask(model, "the sea " * 40).tokens == expected.tokens
+                model.close()
+                status = 0 if same and any(tmp_path.rglob("*.kv")) else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
 def test_real_conversations_go_on_after_a_restart(real_model: Any, tmp_path: Path, name: str) -> None:
     path = real_model(name)
-    first_turn = [{"role": "user", "content": "Explain how a prism splits light. " * 60}]
-
-    def second_turn(answer: Answer) -> list[dict[str, str]]:
-        return [*first_turn, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "And a lens?"}]
-
-    options = {"max_tokens": 40, "num_logprobs": 5}
+    prompt = "A prism splits light into its colours. " * 120
+    options = {"max_tokens": 40, "num_logprobs": 5, "raw": True}
     with isotherm.load(path, context_tokens=2048) as model:
-        one = model.generate(first_turn, **options)
+        one = model.generate(prompt, **options)
     with isotherm.load(path, context_tokens=2048) as model:
-        two = model.generate(second_turn(one), **options)
+        two = model.generate(f"{prompt}{one.text} And a lens?", **options)
     with isotherm.load(path, context_tokens=2048, kv_dir=tmp_path) as model:
-        assert model.generate(first_turn, **options).tokens == one.tokens
+        assert model.generate(prompt, **options).tokens == one.tokens
     with isotherm.load(path, context_tokens=2048, kv_dir=tmp_path) as model:
-        warm = model.generate(second_turn(one), **options)
+        warm = model.generate(f"{prompt}{one.text} And a lens?", **options)
         assert warm.num_cached_tokens >= one.num_prompt_tokens - 64
         assert warm.tokens == two.tokens
