@@ -129,6 +129,7 @@ def test_what_is_no_file_neither_hangs_nor_is_followed(tmp_path: Path) -> None:
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
     assert not found(store, 1)
+    path.unlink()
     os.mkfifo(path)
     assert not found(store, 1)
     path.mkdir()
@@ -137,6 +138,22 @@ def test_what_is_no_file_neither_hangs_nor_is_followed(tmp_path: Path) -> None:
     store.notice = notices.append
     store.write(name(1), page(1))  # cannot take the folder's place
     assert "not kept" in notices[3]
+
+
+def test_a_page_that_cannot_be_read_now_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices: list[str] = []
+    store = KvStore(tmp_path, IDENTITY, 1 << 30, notices.append)
+    store.write(name(1), page(1))
+
+    def no_more_files(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_more_files)
+        assert not found(store, 1)
+    assert "Too many open files" in notices[0]
+    assert found(store, 1)
+    assert store.counts.pages_damaged == 0
 
 
 def test_another_format_version_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Conversations that go on from disk: the answer is that of a model which computes everything, bit for bit."""
 
+import errno
 import gc
 import os
 import shutil
@@ -24,6 +25,7 @@ from isotherm.answer import Answer
 from isotherm.engine import kv_store, scheduler
 from isotherm.engine.kv_store import KvStore, StoreCounts
 from isotherm.errors import OptionError
+from isotherm.formats.fetching import SilentReporter
 from isotherm.text import TextGenerator
 from isotherm.types import QuantType
 
@@ -49,6 +51,14 @@ def load(path: Path, kv_dir: Path | None = None, **options: Any) -> TextGenerato
 
 def ask(model: TextGenerator, text: str = TEXT, **options: Any) -> Answer:
     return model.generate(text, raw=True, num_logprobs=3, **{"max_tokens": 12, **options})
+
+
+class Notices(SilentReporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def counts(model: TextGenerator) -> StoreCounts:
@@ -268,6 +278,24 @@ def test_an_interrupt_while_pages_are_read_loses_nothing(
         assert answer.num_cached_tokens > 0
         model._open_engine().release_ended()
         assert [pool.num_available for pool in model._open_engine()._kv.pools] == available
+
+
+def test_a_full_disk_stops_no_answer(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(path) as model:
+        expected = [ask(model, text).tokens for text in (TEXT, "land and sea")]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(KvStore, "_write", full)
+    reporter = Notices()
+    with isotherm.load(path, cache_bytes=0, kv_dir=tmp_path, reporter=reporter) as model:
+        assert [ask(model, text).tokens for text in (TEXT, "land and sea")] == expected
+        forget(model)
+        assert ask(model).tokens == expected[0]
+        assert counts(model).pages_written == 0
+    assert [line for line in reporter.lines if "No space left" in line] == reporter.lines
+    assert len(reporter.lines) == 1
 
 
 def test_pages_are_written_while_nobody_asks(path: Path, tmp_path: Path) -> None:

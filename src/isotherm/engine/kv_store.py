@@ -124,15 +124,17 @@ class KvStore:
         return os.path.exists(self._path(group, key))
 
     def read(self, name: PageName, out: U8) -> bool:
-        """Fills `out` with the page. False: it is not there, or was damaged and is removed."""
+        """Fills `out` with the page. False: it is not there, cannot be read, or was damaged and is removed."""
         path = self._path(name.group, name.key)
         try:
             self._read(path, name, out)
         except FileNotFoundError:
             return False
-        except (_Damaged, OSError) as error:
-            what = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-            self.notice(f"{path} {what}; what it held is computed again")
+        except OSError as error:  # too many open files, say: nothing against the page
+            self.notice(f"{path} cannot be read: {error.strerror}; what it holds is computed again")
+            return False
+        except _Damaged as damage:
+            self.notice(f"{path} {damage}; what it held is computed again")
             self._count(pages_damaged=1)
             with suppress(OSError):  # not ours to remove: whoever reads it next is told again
                 path.unlink()
