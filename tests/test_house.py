@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "probe": DATA | {"_native"},
     "formats": DATA | {"_native"},  # _native: loops over strings
     "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
+    "dialogue": DATA | {"tokenization"},
     "quantization": DATA | {"_native"},  # _native: pages of a mapped file
     "program": DATA | {"quantization"},
     "models": DATA | {"program"},

@@ -167,3 +167,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     num_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match; kind: "json_schema", "json_object", "regex", "lark" or "gbnf"."""
+
+    kind: str
+    source: str
