@@ -37,19 +37,22 @@ ARROWS: dict[str, set[str]] = {
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
-    "text": DATA | {"tokenization", "engine"},
+    "answer": DATA | {"tokenization", "engine"},
+    "text": DATA | {"answer", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
-    "cli": DATA | {"", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
+    "server": DATA | {"", "answer", "dialogue", "engine", "text"},
+    "cli": DATA | {"", "answer", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
 }
 # what a command may import beside what all commands may: the room that it is about
 COMMANDS: dict[str, set[str]] = {
     "cache": {"quantization"},
     "rm": {"quantization"},  # removes the packed twin of a model with it
     "config": {"backends"},  # names the instruction set that a setting forces
+    "serve": {"server", "probe"},
     "version": {"backends"},
     "tokenize": {"tokenization"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
@@ -60,6 +63,12 @@ LIBRARIES: dict[str, set[str]] = {
     "huggingface_hub": {"formats"},
     "jinja2": {"tokenization"},
     "tokenizers": {"tokenization"},
+    "fastapi": {"server"},
+    "starlette": {"server"},  # which fastapi is made of
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
+    "uvloop": {"server"},
+    "prometheus_client": {"server"},
     "psutil": {"probe", "cli"},
     "rich": {"cli"},
     "typer": {"cli"},

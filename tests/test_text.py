@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tiny_models import write_tiny
 
 import isotherm
+from isotherm.answer import _StopFilter
 from isotherm.errors import InsufficientMemory, OptionError
-from isotherm.text import TextGenerator, _StopFilter
+from isotherm.text import TextGenerator
 from isotherm.types import QuantType
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -86,7 +87,7 @@ def test_unknown_and_wrong_options_raise(model: TextGenerator, path: Path) -> No
     with pytest.raises(OptionError, match="stop"):
         model.generate("the rain", stop=[""])
     with pytest.raises(TypeError, match="thread"):
-        isotherm.load(path, thread=2)  # type: ignore[call-arg]
+        isotherm.load(path, thread=2)
     with pytest.raises(OptionError, match="backend"):
         isotherm.load(path, backend="abacus")
     with pytest.raises(OptionError, match="made for"):

@@ -4,16 +4,17 @@ with isotherm.load("smollm2") as model:
     print(model.generate("Why is the sky blue?", max_tokens=64).text)
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from isotherm.types import SamplingParams
+from isotherm.types import LoadOptions, SamplingParams
 
 if TYPE_CHECKING:
     from isotherm.formats.fetching import FetchReporter
     from isotherm.text import TextGenerator
 
-__all__ = ["SamplingParams", "__version__", "load"]
+__all__ = ["LoadOptions", "SamplingParams", "__version__", "load"]
 
 __version__ = "0.1.0"
 
@@ -21,32 +22,17 @@ __version__ = "0.1.0"
 def load(
     name_or_path: str | Path,
     *,
-    context_tokens: int | None = None,
-    threads: int | None = None,
-    backend: str = "cpu",
-    cache_bytes: int | None = None,
-    offline: bool = False,
-    kv: str = "f16",
+    options: LoadOptions | None = None,
     reporter: "FetchReporter | None" = None,
+    **fields: Any,
 ) -> "TextGenerator":
     """A model ready to answer, a context manager.
 
-    name_or_path: a GGUF file, an alias such as "smollm2", or "org/repo[:QUANT]" on the hub.
-    context_tokens: None for the model's own, cut to what memory holds. threads: None for the physical cores that this
-    process may use. backend: "cpu", or "reference": float32 in NumPy, slow and the truth. cache_bytes: how much of
-    the disk packed models may take, 0 for none. offline: nothing is fetched. kv: keys and values as "f16",
-    or as "q8_0", which takes half the memory. reporter hears what is fetched or cut.
+    name_or_path: a GGUF file, an alias such as "smollm2", or "org/repo[:QUANT]" on the hub. Fields of LoadOptions may
+    be given by name: `load("smollm2", context_tokens=2048)`. reporter hears what is fetched or cut.
     Raises ModelNotFound, DownloadError, ModelFileError, UnsupportedModel, InsufficientMemory, OptionError,
-    UnsupportedCpu.
+    UnsupportedCpu; TypeError for an option that does not exist.
     """
     from isotherm import assemble  # heavy: a bare import of the package stays quick
 
-    options = assemble.LoadOptions(
-        context_tokens,
-        threads,
-        backend,
-        assemble.DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes,
-        offline,
-        kv,
-    )
-    return assemble.load(name_or_path, options, reporter)
+    return assemble.load(name_or_path, replace(options or LoadOptions(), **fields), reporter)

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from isotherm.backends.cpu.backend import CpuBackend
@@ -30,48 +29,44 @@ from isotherm.quantization.packed_file import SUFFIX, EntryKind, PackedWeights
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
-from isotherm.types import KvType
+from isotherm.types import KvType, LoadOptions
 
 BACKENDS = ("cpu", "reference")
 KV_TYPES = tuple(kv_type.value for kv_type in KvType)
-DEFAULT_CACHE_BYTES = 64 << 30  # of packed models, the least recently used go first
+
+MAX_PARALLEL = 256
 
 _BATCH_TOKENS = 512
-_MAX_RUNNING = 4  # sequences that are computed together; those with windows keep pages for each
 _LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
 _MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    context_tokens: int | None = None
-    threads: int | None = None
-    backend: str = "cpu"
-    cache_bytes: int = DEFAULT_CACHE_BYTES
-    offline: bool = False
-    kv: str = KvType.F16.value
-
-    def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise OptionError(f"backend {self.backend!r}; known: {', '.join(BACKENDS)}")
-        if self.kv not in KV_TYPES:
-            raise OptionError(f"kv {self.kv!r}; known: {', '.join(KV_TYPES)}")
-        if self.backend == "reference" and self.kv != KvType.F16.value:
-            raise OptionError(f"kv {self.kv!r}: the reference backend keeps keys and values in float32; leave it out")
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise OptionError(f"threads is {self.threads}; it must be from 1 to 1024")
-        if self.context_tokens is not None and self.context_tokens < 2:
-            raise OptionError(f"context_tokens is {self.context_tokens}; it must be at least 2")
-
-
 def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter | None = None) -> TextGenerator:
     """See `isotherm.load`."""
+    _check(options)
     reporter = reporter or SilentReporter()
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
     with _collector_off():
         checkpoint = open_checkpoint(path)
         return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
+
+
+def _check(options: LoadOptions) -> None:
+    if options.backend not in BACKENDS:
+        raise OptionError(f"backend {options.backend!r}; known: {', '.join(BACKENDS)}")
+    if options.kv not in KV_TYPES:
+        raise OptionError(f"kv {options.kv!r}; known: {', '.join(KV_TYPES)}")
+    if options.backend == "reference" and options.kv != KvType.F16.value:
+        raise OptionError(f"kv {options.kv!r}: the reference backend keeps keys and values in float32; leave it out")
+    if options.threads is not None and not 1 <= options.threads <= 1024:
+        raise OptionError(f"threads is {options.threads}; it must be from 1 to 1024")
+    if options.context_tokens is not None and options.context_tokens < 2:
+        raise OptionError(f"context_tokens is {options.context_tokens}; it must be at least 2")
+    if not 1 <= options.parallel <= MAX_PARALLEL:
+        raise OptionError(f"parallel is {options.parallel}; it must be from 1 to {MAX_PARALLEL}")
+    if options.kv_bytes is not None and options.kv_bytes < 0:
+        raise OptionError(f"kv_bytes is {options.kv_bytes}; it must be at least 0, or None")
 
 
 @contextmanager
@@ -93,6 +88,7 @@ class _Assembly:
         self._checkpoint = checkpoint
         self._options = options
         self._reporter = reporter
+        self._parallel = options.parallel
         self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
         self._lowered = lower(self._program).keeping(KvType(options.kv))
         self._isa = choose_isa()
@@ -115,7 +111,7 @@ class _Assembly:
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
         tokenizer = build_tokenizer(checkpoint.tokenizer)
         engine = Engine(
-            compiled, lowered, EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, _MAX_RUNNING)
+            compiled, lowered, EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._parallel)
         )
         facts = ModelFacts(
             name=name,
@@ -129,6 +125,8 @@ class _Assembly:
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
+            parallel=self._parallel,
+            wanted_context_tokens=self._options.context_tokens or checkpoint.config.context_tokens,
             memory=memory,
             load_s=time.perf_counter() - started,
         )
@@ -143,11 +141,16 @@ class _Assembly:
         return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
 
     def _limits(self, context_tokens: int) -> CpuLimits:
+        """Pages for one context at least; what `kv_bytes` has room for beyond that goes to groups without a window."""
         batch_tokens = min(_BATCH_TOKENS, context_tokens)
-        num_pages = tuple(
-            min(pages_for(context_tokens), _MAX_RUNNING * pages_needed(state, context_tokens, batch_tokens))
-            for state in self._lowered.states
+        states, one = self._lowered.states, pages_for(context_tokens)
+        wanted = [self._parallel * pages_needed(state, context_tokens, batch_tokens) for state in states]
+        least = [min(one, pages) for pages in wanted]
+        left_bytes = (self._options.kv_bytes or 0) - sum(
+            state.page_bytes * pages for state, pages in zip(states, least, strict=True)
         )
+        more = max(0, left_bytes) // max(1, sum(state.page_bytes for state in states))
+        num_pages = tuple(min(most, pages + more) for most, pages in zip(wanted, least, strict=True))
         return CpuLimits(context_tokens, num_pages, max_tokens=batch_tokens)
 
     def _forecast(self, context_tokens: int) -> MemoryForecast:

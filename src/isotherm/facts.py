@@ -46,5 +46,7 @@ class ModelFacts:
     backend: str
     isa: str
     num_threads: int
+    parallel: int  # answers that are computed together
+    wanted_context_tokens: int  # what memory may have cut
     memory: MemoryForecast
     load_s: float

@@ -1,18 +1,20 @@
 """TextGenerator: tokenizer and engine behind one object, the door for Python, command line and server."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.engine.engine import DecodeTiming, Engine, RecordedRun, Request, RunFacts
-from isotherm.engine.sampling import SampledToken
+from isotherm.answer import Answer, Piece, TextStream
+from isotherm.engine.engine import Engine, EngineLoad
+from isotherm.engine.request import Request
+from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
 from isotherm.tokenization.chat import ChatTemplate
-from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer
+from isotherm.tokenization.tokenizer import Tokenizer
 from isotherm.types import SamplingParams
 
 
@@ -21,32 +23,6 @@ class Message(TypedDict):
 
     role: str
     content: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer and what it cost."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens or the context
-    num_prompt_tokens: int
-    num_cached_tokens: int  # of the prompt, whose keys and values an earlier request had left
-    prefill_s: float  # to the first token
-    decode_s: float  # from the first token to the last
-    tokens: tuple[SampledToken, ...]  # with log-probabilities, and the likeliest others where they are asked for
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one token adds to the text, which may be nothing yet. The last piece carries the Answer."""
-
-    text: str
-    answer: Answer | None = None
 
 
 class TextGenerator:
@@ -91,14 +67,44 @@ class TextGenerator:
         iterator stops the answer; so does Ctrl-C, as KeyboardInterrupt. The object stays usable after either.
         """
         params = replace(sampling or SamplingParams(), **sampling_fields)
-        if max_tokens is not None and max_tokens < 1:
-            raise OptionError(f"max_tokens is {max_tokens}; it must be at least 1, or None for no limit")
-        if isinstance(stop, str) or not all(stop):
-            raise OptionError("stop must be a list of strings that are not empty")
-        ids = self.prompt_ids(prompt, raw=raw)
-        request = Request(tuple(ids), max_tokens, params, self._tokenizer.end_ids)
+        _check_answer_options(max_tokens, stop)
+        request = Request(tuple(self.prompt_ids(prompt, raw=raw)), max_tokens, params, self._tokenizer.end_ids)
         self._open_engine().num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
         return self._run(request, tuple(stop))
+
+    def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
+        with TextStream(self._open_engine(), self._tokenizer, request, stop) as stream:
+            while not stream.is_done:
+                if (piece := stream.wait()).text or piece.answer:
+                    yield piece
+
+    def start(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sampling: SamplingParams | None = None,
+        sequence: int = 0,
+        priority: int = 0,
+    ) -> TextStream:
+        """An answer for who asks now and then how far it is (`poll`), while `step` computes all of them; to be closed.
+
+        sequence: which of several answers to one prompt this is; they draw other random numbers from the same seed.
+        priority: higher goes first. The other arguments, and what is raised, are those of `stream`.
+        """
+        params = sampling or SamplingParams()
+        _check_answer_options(max_tokens, stop)
+        request = Request(tuple(prompt_ids), max_tokens, params, self._tokenizer.end_ids, sequence, priority)
+        return TextStream(self._open_engine(), self._tokenizer, request, tuple(stop))
+
+    def step(self) -> bool:
+        """Computes the next step of all answers that were started; False where there is none to compute."""
+        return self._open_engine().step()
+
+    def load(self) -> EngineLoad:
+        """How busy it is at this moment."""
+        return self._open_engine().load()
 
     def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """The token ids that a request for `prompt` starts from, chat template and BOS applied."""
@@ -120,39 +126,13 @@ class TextGenerator:
             raise OptionError("the prompt is empty, and this model starts with no BOS token; pass some text")
         return ids
 
-    def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
-        facts, text = RunFacts(), _StopFilter(stop)
-        chosen: list[SampledToken] = []
-        detokenizer = Detokenizer(self._tokenizer, continues=True)
-        tokens = self._open_engine().generate(request, facts)
-        try:
-            for token in tokens:
-                chosen.append(token)
-                if piece := text.push(detokenizer.push(token.token_id)):
-                    yield Piece(piece)
-                if text.stopped:
-                    break
-            rest = "" if text.stopped else text.finish(detokenizer.finish())
-        finally:
-            tokens.close()
-        ended = text.stopped or not facts.reached_limit
-        yield Piece(
-            rest,
-            Answer(
-                text.emitted,
-                tuple(token.token_id for token in chosen),
-                "stop" if ended else "length",
-                facts.num_prompt_tokens,
-                facts.num_cached_tokens,
-                facts.prefill_s,
-                facts.decode_s,
-                tuple(chosen),
-            ),
-        )
-
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of `text`; add_special adds BOS (and EOS) where the model asks for it."""
         return self._tokenizer.encode(text, add_special=add_special, parse_special=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text; a special token as it is spelled. Raises OptionError for no such token."""
+        return self._tokenizer.token_bytes(token_id)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
@@ -169,27 +149,35 @@ class TextGenerator:
             raise OptionError("there are no tokens to compute logits of")
         if not all(0 <= token < self.facts.config.vocab_size for token in token_ids):
             raise OptionError(f"token ids must lie in 0..{self.facts.config.vocab_size - 1}")
-        yield from self._open_engine().logit_blocks(token_ids, rows, block_rows)
+        engine = self._open_engine()
+        engine.check_room(len(token_ids), "the text")
+        with engine.alone() as solo:
+            yield from solo.logit_blocks(token_ids, rows, block_rows)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Measures: seconds that a prompt of `num_tokens` takes, nothing of it cached."""
-        return self._open_engine().time_prefill(num_tokens)
+        with self._open_engine().alone() as solo:
+            return solo.time_prefill(num_tokens)
 
     def decode_s(self, num_tokens: int, *, depth: int = 0) -> DecodeTiming:
         """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
-        return self._open_engine().time_decode(num_tokens, depth)
+        with self._open_engine().alone() as solo:
+            return solo.time_decode(num_tokens, depth)
 
     def read_weights_s(self) -> float | None:
         """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
-        return self._open_engine().read_weights_s()
+        with self._open_engine().alone() as solo:
+            return solo.read_weights_s()
 
     def record_prefill(self, num_tokens: int) -> RecordedRun:
         """`prefill_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
-        return self._open_engine().record_prefill(num_tokens)
+        with self._open_engine().alone() as solo:
+            return solo.record_prefill(num_tokens)
 
     def record_decode(self, num_tokens: int, *, depth: int = 0) -> RecordedRun:
         """`decode_s`, and what each thread did in it. Raises OptionError where the backend cannot tell."""
-        return self._open_engine().record_decode(num_tokens, depth)
+        with self._open_engine().alone() as solo:
+            return solo.record_decode(num_tokens, depth)
 
     def close(self) -> None:
         """Gives memory and threads back, once running answers have ended."""
@@ -207,36 +195,8 @@ class TextGenerator:
         self.close()
 
 
-class _StopFilter:
-    """Passes text on but for what may still become a stop string."""
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.emitted = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        self._held += text
-        found = [at for string in self._stop if (at := self._held.find(string)) >= 0]
-        if found:
-            self.stopped = True
-            return self._emit(min(found))
-        return self._emit(len(self._held) - self._num_undecided())
-
-    def finish(self, text: str) -> str:
-        """The rest, once no more text can follow."""
-        return self.push(text) + ("" if self.stopped else self._emit(len(self._held)))
-
-    def _num_undecided(self) -> int:
-        """Length of the longest end of the held text that some stop string starts with."""
-        longest = max((len(string) for string in self._stop), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(string.startswith(self._held[-size:]) for string in self._stop):
-                return size
-        return 0
-
-    def _emit(self, size: int) -> str:
-        piece, self._held = self._held[:size], self._held[size:]
-        self.emitted += piece
-        return piece
+def _check_answer_options(max_tokens: int | None, stop: Sequence[str]) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise OptionError(f"max_tokens is {max_tokens}; it must be at least 1, or None for no limit")
+    if isinstance(stop, str) or not all(stop):
+        raise OptionError("stop must be a list of strings that are not empty")

@@ -175,3 +175,17 @@ class Grammar:
 
     kind: str
     source: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How `isotherm.load` opens a model."""
+
+    context_tokens: int | None = None  # longest sequence; None: the model's own, cut to what memory holds
+    threads: int | None = None  # None: the physical cores that this process may use
+    backend: str = "cpu"  # or "reference": float32 in NumPy, slow and the truth
+    cache_bytes: int = 64 << 30  # disk that packed models may take, the least recently used go first; 0: none
+    offline: bool = False  # nothing is fetched
+    kv: str = KvType.F16.value  # keys and values; "q8_0" takes half the memory
+    parallel: int = 4  # answers that are computed together
+    kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means

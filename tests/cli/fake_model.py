@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
 
-from isotherm.text import Answer, Piece
+from isotherm.answer import Answer, Piece
 from isotherm.types import SamplingParams
 
 Step = str | BaseException  # a piece of the answer, or what is raised in its place

@@ -9,7 +9,7 @@ from fake_model import FakeModel, contents, loads_strictly
 from isotherm.cli import main
 from isotherm.cli.run import join_prompt
 from isotherm.errors import OptionError
-from isotherm.types import SamplingParams
+from isotherm.types import LoadOptions, SamplingParams
 
 Capture = pytest.CaptureFixture[str]
 
@@ -30,15 +30,8 @@ def test_flags_reach_loader_and_sampler(fake: FakeModel) -> None:
     rest = "--penalty-tokens 8 --seed 18446744073709551615 --stop . --stop ! --raw"
     assert main(["run", "m", "Hi", *flags.split(), *more.split(), *rest.split()]) == 0
     del fake.load_arguments["reporter"]
-    assert fake.load_arguments == {
-        "name": "m",
-        "context_tokens": 99,
-        "threads": 3,
-        "backend": "reference",
-        "cache_bytes": 0,
-        "offline": True,
-        "kv": "q8_0",
-    }
+    options = LoadOptions(99, 3, "reference", cache_bytes=0, offline=True, kv="q8_0")
+    assert fake.load_arguments == {"name": "m", "options": options}
     asked = fake.asked[0]
     assert (asked.max_tokens, asked.stop, asked.raw) == (7, (".", "!"), True)
     assert asked.sampling == SamplingParams(0.5, 4, 0.9, 0.1, 1.1, 0.2, 0.3, 8, seed=2**64 - 1)
@@ -49,8 +42,8 @@ def test_environment_reaches_the_model(fake: FakeModel, monkeypatch: pytest.Monk
     monkeypatch.setenv("ISOTHERM_TEMPERATURE", "0.75")
     monkeypatch.setenv("ISOTHERM_OFFLINE", "1")
     assert main(["run", "m", "Hi", "--no-offline"]) == 0
-    assert fake.load_arguments["context_tokens"] == 64
-    assert fake.load_arguments["offline"] is False
+    assert fake.load_arguments["options"].context_tokens == 64
+    assert fake.load_arguments["options"].offline is False
     assert fake.asked[0].sampling.temperature == 0.75
 
 

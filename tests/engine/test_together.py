@@ -9,7 +9,7 @@ import pytest
 from tiny_models import write_tiny
 
 import isotherm
-from isotherm.engine import engine as engine_module
+from isotherm.engine.request import Generation
 from isotherm.engine.sampling import SampledToken
 from isotherm.errors import OptionError
 from isotherm.text import TextGenerator
@@ -98,7 +98,7 @@ def test_an_interrupted_step_is_computed_again(
     options = {"raw": True, "max_tokens": 10, "seed": 1}
     expected = model.generate("the rain in spain", **options).token_ids
     engine = model._open_engine()
-    owner = {"forward": engine._compiled, "commit": engine._scheduler, "choose": engine_module._Answer}[where]
+    owner = {"forward": engine._compiled, "commit": engine._scheduler, "choose": Generation}[where]
     original, calls = getattr(owner, where), []
 
     def interrupted(*arguments: object) -> object:

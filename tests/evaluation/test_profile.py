@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_models import write_tiny
 
 import isotherm
-from isotherm.engine.engine import RecordedRun
+from isotherm.engine.solo import RecordedRun
 from isotherm.errors import OptionError
 from isotherm.evaluation import trace as trace_module
 from isotherm.evaluation.bench import BenchOptions, BenchResult, bench

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import write_tiny
 
 import isotherm
-from isotherm.engine.engine import DecodeTiming
+from isotherm.engine.solo import DecodeTiming
 from isotherm.errors import OptionError
 from isotherm.evaluation import bench as bench_module
 from isotherm.evaluation.bench import BenchOptions, bench

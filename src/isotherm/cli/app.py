@@ -19,6 +19,7 @@ from isotherm.cli.perplexity import perplexity
 from isotherm.cli.pull import pull
 from isotherm.cli.rm import rm
 from isotherm.cli.run import run
+from isotherm.cli.serve import serve
 from isotherm.cli.show import show
 from isotherm.cli.tokenize import tokenize
 from isotherm.cli.version import version_text
@@ -26,6 +27,7 @@ from isotherm.cli.version import version_text
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "chat": chat,
+    "serve": serve,
     "pull": pull,
     "list": list_models,
     "show": show,

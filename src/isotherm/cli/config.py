@@ -7,6 +7,8 @@ from isotherm.cli.console import notice, print_json, print_table
 from isotherm.cli.flags import JsonOption, reads
 from isotherm.cli.settings import SETTINGS, Chosen, Value, choose, unknown_variables, value_text
 
+_SECRET = "(set, and not shown)"
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -19,7 +21,7 @@ class _Row:
 @reads(choose, *SETTINGS)
 def config(chosen: list[Chosen], as_json: JsonOption = False) -> None:
     """Shows each setting and where its value comes from: flag, environment, config file or default."""
-    rows = [_Row(one.setting.name, one.value, one.origin, one.source) for one in chosen] + _places()
+    rows = [_Row(one.setting.name, _shown(one), one.origin, one.source) for one in chosen] + _places()
     for line in unknown_variables():
         notice(line)
     if as_json:
@@ -28,6 +30,10 @@ def config(chosen: list[Chosen], as_json: JsonOption = False) -> None:
         print_table(
             ("NAME", "VALUE", "ORIGIN", "SOURCE"), [(r.name, value_text(r.value), r.origin, r.source) for r in rows]
         )
+
+
+def _shown(chosen: Chosen) -> Value:
+    return _SECRET if chosen.setting.rule.is_secret and chosen.value is not None else chosen.value
 
 
 def _places() -> list[_Row]:

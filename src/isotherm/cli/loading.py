@@ -19,16 +19,7 @@ def loaded(model: str, settings: Settings) -> Iterator["TextGenerator"]:
     import isotherm
 
     with TerminalReporter() as reporter:
-        generator = isotherm.load(
-            model,
-            context_tokens=settings.ctx,
-            threads=settings.threads,
-            backend=settings.backend,
-            cache_bytes=settings.cache_bytes,
-            offline=settings.offline,
-            kv=settings.kv,
-            reporter=reporter,
-        )
+        generator = isotherm.load(model, options=settings.load_options, reporter=reporter)
     with generator:
         yield generator
 

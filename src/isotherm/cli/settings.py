@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isotherm.errors import OptionError
-from isotherm.types import SamplingParams
+from isotherm.types import LoadOptions, SamplingParams
 
 Value = bool | int | float | str | None
 Origin = Literal["flag", "env", "file", "default"]
@@ -17,6 +17,7 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _NONE = "none"
 _GIB = 1 << 30
+_KV_SHARE = 8  # of free memory, what a server takes for keys and values by itself
 _PREFIX = "ISOTHERM_"
 _OTHER_VARIABLES = ("cache", "debug", "isa")  # read where they are needed; see docs/cli.md
 
@@ -32,6 +33,7 @@ class Rule:
     high: float | None = None
     choices: tuple[str, ...] = ()
     short_flag: str = ""
+    is_secret: bool = False  # not to be printed
 
 
 def _setting(default: Value, rule: Rule) -> Any:
@@ -95,10 +97,49 @@ class Settings:
     seed: int | None = _setting(
         None, Rule(int, "N", "Same seed, same answer; by default a fresh one.", low=0, high=2**64 - 1)
     )
+    host: str = _setting("127.0.0.1", Rule(str, "ADDRESS", "Address to listen on; one that others reach needs a key."))
+    port: int = _setting(8080, Rule(int, "N", "Listen on this port; 0 takes a free one.", low=0, high=65535))
+    api_key: str | None = _setting(
+        None, Rule(str, "KEY", "Ask for this key; ISOTHERM_API_KEY hides it.", is_secret=True)
+    )
+    allow_origin: str | None = _setting(None, Rule(str, "ORIGINS", "Web pages that may ask, by comma; * for all."))
+    tls_cert: str | None = _setting(None, Rule(str, "FILE", "Certificate chain in PEM, for https."))
+    tls_key: str | None = _setting(None, Rule(str, "FILE", "Its private key."))
+    parallel: int = _setting(8, Rule(int, "N", "Answers of a model that are computed together.", low=1, high=256))
+    max_waiting: int = _setting(256, Rule(int, "N", "Answers that may wait; more are refused.", low=0, high=10**6))
+    kv_gib: float | None = _setting(
+        None,
+        Rule(
+            float,
+            "GIB",
+            "Memory of keys and values, past ones too; by default 1/8 of what is free.",
+            low=0.0,
+            high=1e6,
+        ),
+    )
+    keep_alive_s: float = _setting(
+        300.0, Rule(float, "SECONDS", "Unload a model that was not named this long after its last answer.", low=0.0)
+    )
+    shutdown_s: float = _setting(30.0, Rule(float, "SECONDS", "Time for running answers to end at the end.", low=0.0))
+    max_body_mib: float = _setting(8.0, Rule(float, "MIB", "Largest body of a request.", low=0.001, high=4096.0))
+    log_json: bool = _setting(False, Rule(bool, "", "Log lines as JSON."))
+    log_prompts: bool = _setting(False, Rule(bool, "", "Log prompts too."))
 
     @property
-    def cache_bytes(self) -> int:
-        return int(self.cache_gib * _GIB)
+    def load_options(self) -> LoadOptions:
+        return LoadOptions(
+            context_tokens=self.ctx,
+            threads=self.threads,
+            backend=self.backend,
+            cache_bytes=int(self.cache_gib * _GIB),
+            offline=self.offline,
+            kv=self.kv,
+        )
+
+    def serving_options(self, free_bytes: int) -> LoadOptions:
+        """Those of a server; free_bytes: memory that is free for this process."""
+        kv_bytes = free_bytes // _KV_SHARE if self.kv_gib is None else int(self.kv_gib * _GIB)
+        return replace(self.load_options, parallel=self.parallel, kv_bytes=kv_bytes)
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
         """With checked values of some settings in place of these."""
@@ -182,6 +223,22 @@ def value_text(value: Value) -> str:
 
 
 SETTINGS: dict[str, Setting] = {column.name: Setting(column.name, **column.metadata) for column in fields(Settings)}
+SERVING = (
+    "host",
+    "port",
+    "api_key",
+    "allow_origin",
+    "tls_cert",
+    "tls_key",
+    "parallel",
+    "max_waiting",
+    "kv_gib",
+    "keep_alive_s",
+    "shutdown_s",
+    "max_body_mib",
+    "log_json",
+    "log_prompts",
+)
 LOADING = ("ctx", "kv", "threads", "backend", "cache_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 

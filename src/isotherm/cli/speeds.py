@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isotherm.text import Answer, TextGenerator
+    from isotherm.answer import Answer
+    from isotherm.text import TextGenerator
 
 
 @dataclass(frozen=True)

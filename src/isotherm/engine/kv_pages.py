@@ -52,6 +52,11 @@ class PagePool:
         """Pages that `take` can give."""
         return len(self._free) + len(self._kept)
 
+    @property
+    def usage(self) -> float:
+        """The part of all pages that sequences hold."""
+        return 1 - self.num_available / len(self._num_holders)
+
     def take(self) -> int:
         """A page to write to. What was kept longest goes where none is free."""
         if not self._free:

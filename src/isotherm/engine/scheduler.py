@@ -61,7 +61,7 @@ class Scheduler:
         assert 1 <= max_running <= batch_tokens
         self._kv = kv
         self._batch_tokens = batch_tokens
-        self._stall_tokens = stall_tokens
+        self.stall_tokens = stall_tokens  # may change between plans
         self._max_running = max_running
         self._arrivals = count()
         self._jobs: list[Job] = []  # by rank; those with pages run
@@ -105,7 +105,7 @@ class Scheduler:
                 self._place(job, 1, shares)
         left = self._batch_tokens - len(shares)
         if shares:
-            left = min(left, self._stall_tokens)
+            left = min(left, self.stall_tokens)
         for job in self.running():
             if left and job.pages and job.num_missing > 1:
                 left -= self._place(job, min(left, job.num_missing), shares)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from isotherm.engine.engine import RecordedRun
+from isotherm.engine.solo import RecordedRun
 from isotherm.errors import OptionError
 from isotherm.evaluation.profile import Profile, profile
 from isotherm.facts import DeviceFacts, ModelFacts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.engine.engine import RecordedRun
+from isotherm.engine.solo import RecordedRun
 from isotherm.facts import DeviceFacts
 from isotherm.program.recording import Phase, Recording, StepFacts
 

@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
-from isotherm.engine.engine import RecordedRun
+from isotherm.engine.solo import RecordedRun
 from isotherm.errors import OptionError
 from isotherm.evaluation.profile import WAIT, Lane, lanes
 from isotherm.program.recording import Phase, Recording, StepFacts, Walk

@@ -1,0 +1,73 @@
+"""`isotherm serve [MODEL...]`: the HTTP server."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isotherm.cli.console import TerminalReporter
+from isotherm.cli.flags import complete_model, takes
+from isotherm.cli.settings import LOADING, SAMPLING, SERVING, Settings
+
+if TYPE_CHECKING:
+    from isotherm.text import TextGenerator
+
+
+@takes(*SERVING, *SAMPLING, *LOADING)
+def serve(
+    settings: Settings,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]",
+            help="Models to serve, the first loaded at once; by default every model on this disk, each at first use.",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answers the clients of OpenAI, Anthropic and Ollama over HTTP."""
+    from isotherm.formats.names import local_models
+    from isotherm.probe import available_memory_bytes
+    from isotherm.server.gate import Policy
+    from isotherm.server.run import Binding, serve
+    from isotherm.server.shelf import FOREVER_S, Shelf, Slot
+
+    binding = Binding(
+        settings.host,
+        settings.port,
+        _path(settings.tls_cert),
+        _path(settings.tls_key),
+        settings.shutdown_s,
+    )
+    policy = Policy(
+        api_keys=(settings.api_key,) if settings.api_key else (),
+        origins=tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip()),
+        max_body_bytes=int(settings.max_body_mib * 2**20),
+        log_json=settings.log_json,
+        log_prompts=settings.log_prompts,
+    )
+    named = [Slot(_served_name(name), name, FOREVER_S) for name in models or ()]
+    slots = named or [Slot(model.name, model.name, settings.keep_alive_s) for model in local_models()]
+
+    def load(source: str) -> "TextGenerator":
+        import isotherm
+
+        with TerminalReporter() as reporter:
+            options = settings.serving_options(available_memory_bytes())
+            return isotherm.load(source, options=options, reporter=reporter)
+
+    def shelf() -> Shelf:
+        return Shelf(load, slots, max_waiting=settings.max_waiting)
+
+    serve(shelf, named[0].name if named else None, binding, policy, settings.sampling)
+
+
+def _served_name(source: str) -> str:
+    """What clients call a model: a file is known by its own name, without its folder."""
+    path = Path(source)
+    return path.stem if path.suffix.lower() == ".gguf" and path.exists() else source
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -1,0 +1,90 @@
+"""One request: what was asked for, what it cost, and how far it is."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.engine.sampling import SampledToken, Sampler
+from isotherm.engine.scheduler import Job
+from isotherm.errors import OptionError
+from isotherm.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """max_tokens None: as many as the context holds. An id of `end_ids` ends the answer and is not part of it.
+
+    sequence: which of several answers to one prompt this is; each draws other random numbers from the same seed.
+    priority: higher goes first.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int | None
+    sampling: SamplingParams
+    end_ids: frozenset[int]
+    sequence: int = 0
+    priority: int = 0
+
+
+@dataclass
+class RunFacts:
+    """What one request cost; filled while it runs. Seconds are those of the steps that it had a part in."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_prefilled_tokens: int = 0  # of the prompt, cached or computed so far
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    reached_limit: bool = False  # max_tokens or the context ended it, not an end token
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request on its way. Its job's `num_tokens` says how much of it is there: an interrupt may come anywhere."""
+
+    request: Request
+    facts: RunFacts
+    job: Job
+    sampler: Sampler
+    chosen: list[SampledToken] = field(default_factory=list)
+    num_read: int = 0
+    ended: bool = False  # by an end token
+    error: Exception | None = None  # what went wrong with this request alone
+
+    @property
+    def num_chosen(self) -> int:
+        return self.job.num_tokens - len(self.request.prompt_ids)
+
+    @property
+    def is_done(self) -> bool:
+        return self.ended or self.error is not None or self.job.num_tokens == len(self.job.tokens)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `read` has a token, or the end, to tell."""
+        return self.num_read < self.num_chosen or self.is_done
+
+    def choose(self, logits: NDArray[np.float32]) -> None:
+        """The next token; an end token is not kept."""
+        job = self.job
+        try:
+            token = self.sampler.sample(logits, job.tokens[: job.num_tokens], job.num_tokens, self.request.sequence)
+        except (OptionError, AssertionError) as error:
+            self.error = error
+            return
+        if token.token_id in self.request.end_ids:
+            self.ended = True
+            return
+        self.facts.reached_limit = job.num_tokens + 1 == len(job.tokens)
+        self.chosen[self.num_chosen :] = [token]
+        job.append(token.token_id)
+
+    def read(self) -> SampledToken | None:
+        """The next token for the reader; None at the end. Raises what went wrong."""
+        if self.num_read < self.num_chosen:
+            self.num_read += 1
+            return self.chosen[self.num_read - 1]
+        if self.error:
+            raise self.error
+        return None

@@ -1,0 +1,59 @@
+"""The application: routes, and the shapes of errors."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+import isotherm
+from isotherm.errors import IsothermError
+from isotherm.server import openai_chat, status
+from isotherm.server.errors import ApiError, api_error, bad_request, error_body
+from isotherm.server.shelf import Shelf
+from isotherm.types import SamplingParams
+
+_MAX_INPUT_CHARS = 200
+
+
+def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
+    """sampling: for what a request does not say."""
+    app = FastAPI(title="Isotherm", version=isotherm.__version__, docs_url=None, redoc_url=None)
+    app.state.shelf = shelf
+    app.state.sampling = sampling
+    for room in (openai_chat, status):
+        app.include_router(room.router)
+    for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    described = _described(error)
+    request.scope["isotherm.log"].error = described.message
+    body = error_body(request.url.path, described)
+    return JSONResponse(body, described.status, dict(described.headers))
+
+
+def _described(error: Exception) -> ApiError:
+    match error:
+        case RequestValidationError():
+            return _invalid(error.errors()[0])
+        case HTTPException(status_code=404):
+            return ApiError(404, "not_found_error", "there is no such address here; /v1/models names the models")
+        case HTTPException():
+            return ApiError(error.status_code, "invalid_request_error", str(error.detail), headers=error.headers or {})
+    return api_error(error)
+
+
+def _invalid(first: dict[str, Any]) -> ApiError:
+    """The first thing that is wrong with a body: where, what, and what came."""
+    where = ".".join(str(step) for step in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is no JSON: {first['ctx']['error']} at {where}")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"{where}: this field is not known here, and is not ignored; leave it out", where)
+    given = repr(first.get("input"))
+    given = given if len(given) <= _MAX_INPUT_CHARS else f"{given[:_MAX_INPUT_CHARS]}..."
+    return bad_request(f"{where or 'body'}: {first['msg']}; given: {given}", where or None)

@@ -1,0 +1,201 @@
+"""One request in the form that all APIs share: what is asked of a model, and how its answers come."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from isotherm.answer import Answer, Piece
+from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallStart
+from isotherm.engine.sampling import SampledToken
+from isotherm.server.gate import RequestLog, Scope
+from isotherm.server.shelf import Shelf
+from isotherm.server.worker import Progress, Reply, Update, Worker
+from isotherm.text import TextGenerator
+from isotherm.types import SamplingParams
+
+_QUIET_S = 15.0  # without news a client is sent a sign of life
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a model.
+
+    prompt: text as it is, token ids, or messages as OpenAI's API writes them. keep_alive_s: None for the server's own.
+    """
+
+    model: str
+    prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    num_answers: int = 1
+    priority: int = 0
+    wants_progress: bool = False
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What has come of one answer since the last. finish_reason, at its end: "stop", "length" or "tool_calls"."""
+
+    parts: tuple[Part, ...]
+    tokens: tuple[SampledToken, ...]
+    answer: Answer | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Call:
+    """A tool call; arguments: the JSON text of an object."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class Outcome:
+    """One answer, as its deltas add up. `answer` and `finish_reason` are there once it has ended."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    answer: Answer | None = None
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        for part in delta.parts:
+            match part:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case ToolCallStart(_, name):
+                    self.calls.append(Call(name))
+                case ToolCallArguments(index, text):
+                    self.calls[index].arguments += text
+        self.answer, self.finish_reason = delta.answer, delta.finish_reason
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """Nothing has come for a while."""
+
+
+News = Delta | Progress | Quiet
+
+
+class Exchange:
+    """An `Ask` under way; an async context manager that is entered once the model has taken it."""
+
+    def __init__(self, shelf: Shelf, ask: Ask, scope: Scope) -> None:
+        self.ask = ask
+        self.prompt_ids: tuple[int, ...] = ()
+        self.outcomes = [Outcome() for _ in range(ask.num_answers)]
+        self._shelf = shelf
+        self._log: RequestLog = scope["isotherm.log"]
+        self._logs_prompts: bool = scope["isotherm.log_prompts"]
+        self._stack = AsyncExitStack()
+        self._inbox: asyncio.Queue[tuple[int, Update | Quiet]] = asyncio.Queue()
+        self._replies: list[Reply] = []
+        self._worker: Worker | None = None
+        self._has_news = True
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Those that have ended, in the order of their indices."""
+        return [outcome.answer for outcome in self.outcomes if outcome.answer]
+
+    @property
+    def model(self) -> TextGenerator:
+        assert self._worker is not None
+        return self._worker.model
+
+    async def __aenter__(self) -> Self:
+        """Raises ApiError and every IsothermError that the model has for such a request."""
+        ask, self._log.model = self.ask, self.ask.model
+        try:
+            self._worker = await self._stack.enter_async_context(self._shelf.borrow(ask.model, ask.keep_alive_s))
+            self._stack.enter_context(self._worker.place(ask.num_answers))
+            self.prompt_ids = await asyncio.to_thread(_prompt_ids, self._worker.model, ask.prompt)
+            self._log.prompt_tokens = len(self.prompt_ids)
+            if self._logs_prompts:
+                self._log.prompt = self._worker.model.detokenize(self.prompt_ids)
+            await self._start(0)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self._tick()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._timer.cancel()
+        for reply in self._replies:
+            reply.cancel()
+        if answers := self.answers:
+            self._log.cached_tokens = max(answer.num_cached_tokens for answer in answers)
+            self._log.answer_tokens = sum(answer.num_tokens for answer in answers)
+        self._log.finish_reason = ", ".join(outcome.finish_reason or "cancelled" for outcome in self.outcomes)
+        await self._stack.aclose()
+
+    async def news(self) -> AsyncIterator[tuple[int, News]]:
+        """What comes, with the index of its answer, until all answers have ended. Raises what went wrong."""
+        while len(self.answers) < self.ask.num_answers:
+            index, update = await self._inbox.get()
+            self._has_news = True
+            if isinstance(update, Exception):
+                raise update
+            if not isinstance(update, Piece):
+                yield index, update
+                continue
+            if len(self._replies) < self.ask.num_answers:  # what the first has computed, the others share
+                for other in range(1, self.ask.num_answers):
+                    await self._start(other)
+            delta = self._delta(update)
+            self.outcomes[index].add(delta)
+            yield index, delta
+
+    def _delta(self, piece: Piece) -> Delta:
+        parts = (Content(piece.text),) if piece.text else ()
+        return Delta(parts, piece.tokens, piece.answer, piece.answer.finish_reason if piece.answer else None)
+
+    def cancel(self) -> None:
+        """The client has left: `news` raises, and nothing more is computed."""
+        for reply in self._replies:
+            reply.cancel()
+        self._inbox.put_nowait((0, ClientLeft()))
+
+    async def _start(self, index: int) -> None:
+        assert self._worker is not None
+        ask = self.ask
+        stream = await asyncio.to_thread(
+            self._worker.model.start,
+            self.prompt_ids,
+            max_tokens=ask.max_tokens,
+            stop=ask.stop,
+            sampling=ask.sampling,
+            sequence=index,
+            priority=ask.priority,
+        )
+        reply = Reply(index, stream, self._inbox, wants_progress=ask.wants_progress)
+        self._replies.append(reply)
+        self._worker.start(reply)
+
+    def _tick(self) -> None:
+        if not self._has_news:
+            self._inbox.put_nowait((0, Quiet()))
+        self._has_news = False
+        self._timer = asyncio.get_running_loop().call_later(_QUIET_S, self._tick)
+
+
+class ClientLeft(Exception):
+    """Nobody waits for this answer any more."""
+
+
+def _prompt_ids(model: TextGenerator, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return tuple(model.prompt_ids(prompt, raw=True))
+    if prompt and isinstance(prompt[0], int):
+        return tuple(prompt)  # type: ignore[arg-type]
+    return tuple(model.prompt_ids(prompt))  # type: ignore[arg-type]

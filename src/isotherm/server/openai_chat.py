@@ -1,0 +1,171 @@
+"""OpenAI's /v1/chat/completions."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from isotherm.dialogue.parts import Content
+from isotherm.server.ask import Ask, Delta, Exchange, Quiet
+from isotherm.server.errors import ApiError, bad_request, openai_body
+from isotherm.server.openai_fields import (
+    MAX_TOP_LOGPROBS,
+    SamplingFields,
+    Strict,
+    logprob_entries,
+    timings,
+    usage,
+)
+from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.worker import Progress
+from isotherm.text import Message
+
+router = APIRouter()
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role="system" if self.role == "developer" else self.role, content=content)
+
+
+class ChatRequest(SamplingFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    metadata: dict[str, str] | None = None  # labels, as `user`
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        return bool(self.logprobs)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """An answer to a conversation."""
+    wants_logprobs = body.wants_logprobs
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise bad_request("give max_completion_tokens or max_tokens, not both", "max_tokens")
+    ask = Ask(
+        body.model,
+        tuple(message.message() for message in body.messages),
+        body.sampling(request.app.state.sampling, body.top_logprobs or 0),
+        body.max_completion_tokens or body.max_tokens,
+        body.stops(),
+        body.n or 1,
+        body.priority,
+        body.return_progress,
+    )
+    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
+    chat = _Chat(exchange, wants_logprobs)
+    if body.stream:
+        includes_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return StreamedAnswer(exchange, chat.events(includes_usage), _failure)
+    try:
+        with Watch(exchange, request.receive):
+            return JSONResponse(await chat.whole())
+    finally:
+        await exchange.__aexit__()
+
+
+def _failure(error: ApiError) -> bytes:
+    return event(openai_body(error))
+
+
+class _Chat:
+    """One exchange in OpenAI's words."""
+
+    def __init__(self, exchange: Exchange, wants_logprobs: bool) -> None:
+        self._exchange = exchange
+        self._wants_logprobs = wants_logprobs
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": exchange.ask.model,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self._exchange.news():
+            pass
+        answers = self._exchange.answers
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": outcome.content, "refusal": None},
+                "logprobs": self._logprobs(answer.tokens),
+                "finish_reason": outcome.finish_reason,
+            }
+            for index, (outcome, answer) in enumerate(zip(self._exchange.outcomes, answers, strict=True))
+        ]
+        facts = {"usage": usage(len(self._exchange.prompt_ids), answers), "timings": timings(answers[0])}
+        return {**self._head, "choices": choices, **facts}
+
+    async def events(self, includes_usage: bool) -> AsyncIterator[bytes]:
+        head = {**self._head, "object": "chat.completion.chunk"}
+        if includes_usage:
+            head["usage"] = None
+        for index in range(self._exchange.ask.num_answers):
+            yield _chunk(head, index, {"role": "assistant", "content": ""})
+        async for index, news in self._exchange.news():
+            match news:
+                case Quiet():
+                    yield b": still at work\n\n"
+                case Progress():
+                    yield event({**head, "choices": [], "prompt_progress": progress(news)})
+                case Delta():
+                    text = "".join(part.text for part in news.parts if isinstance(part, Content))
+                    if text or (self._wants_logprobs and news.tokens):
+                        yield _chunk(head, index, {"content": text}, self._logprobs(news.tokens))
+                    if news.answer:
+                        more = {"timings": timings(news.answer)}
+                        yield _chunk({**head, **more}, index, {}, None, news.finish_reason)
+        if includes_usage:
+            counts = usage(len(self._exchange.prompt_ids), self._exchange.answers)
+            yield event({**head, "choices": [], "usage": counts})
+        yield b"data: [DONE]\n\n"
+
+    def _logprobs(self, tokens: tuple[Any, ...]) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        return {"content": logprob_entries(self._exchange.model, tokens), "refusal": None}
+
+
+def progress(news: Progress) -> dict[str, float]:
+    """llama.cpp's."""
+    return {
+        "total": news.num_prompt_tokens,
+        "cache": news.num_cached_tokens,
+        "processed": news.num_done_tokens,
+        "time_ms": round(news.elapsed_s * 1e3),
+    }
+
+
+def _chunk(
+    head: dict[str, Any],
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+) -> bytes:
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    return event({**head, "choices": [choice]})
