@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def source_of(
     is_open: bool = False,
 ) -> str:
     writer = CallGrammar(TOOL_FORMATS[name], block, tokenizer)
-    grammar = writer.of(TOOLS, is_parallel=is_parallel, is_reasoning=is_open)
+    grammar = writer.of_calls(TOOLS, is_parallel=is_parallel, is_reasoning=is_open)
     assert grammar.kind == "lark"
     return grammar.source
 
@@ -121,6 +122,34 @@ def test_calls_of_gemma(tokenizer: Tokenizer, name: str, opener: str, closer: st
     assert is_allowed(tokenizer, source, f"{call}{opener}call:now{{}}{closer}")
     for wrong in (call[:-1], call.replace("city", "town"), call.replace("true", "tru"), call.replace("_w", "w")):
         assert not is_allowed(tokenizer, source, wrong), wrong
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
+@pytest.mark.parametrize("block", [None, THINK], ids=["plain", "reasoning"])
+def test_strict_tools_beside_text(tokenizer: Tokenizer, name: str, block: ReasoningBlock | None) -> None:
+    tool_format = TOOL_FORMATS[name]
+    spelling = tool_format.spelling
+    strict = [replace(TOOLS[0], is_strict=True), TOOLS[1]]
+    source = CallGrammar(tool_format, block, tokenizer).of_text_with_calls(
+        strict, is_parallel=True, is_reasoning=False
+    ).source  # fmt: skip
+    weather = spelled_call(tool_format, "get_weather", '{"city": "Paris"}')
+    now = spelled_call(tool_format, "now", '{"anything": [1, {}]}')
+    opener = next((opener for opener in tool_format.markers if spelling.before.startswith(opener)), "")
+    two = spelling.first + spelling.between.join([weather, now]) + spelling.last
+    allowed = ["", "Hello.", " \n<b> `{`", two, "```json\n{}\n```"]
+    refused = [two.replace("Paris", "Rome"), two.replace("now", "other"), two[:-3], two.replace('"city"', '"town"')]
+    if spelling.first or opener:
+        allowed += [f"Well.\n{two}", f"{two} So.\n{two} x"]
+        refused += [f"Well.\n{two.replace('Paris', 'Rome')}", f"{two} So.\n{two.replace('Paris', 'Rome')}"]
+    if block is not None:
+        allowed += [f"<think>\nHm {{1}}</think>\n\n{text}" for text in allowed]
+        refused += [f"<think>\nHm</think>\n\n{text}" for text in refused]
+    for text in allowed:
+        assert is_allowed(tokenizer, source, text), text
+    for text in refused:
+        assert not is_allowed(tokenizer, source, text), text
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

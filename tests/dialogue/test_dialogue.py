@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from isotherm.dialogue import (
     read_tool_choice,
     read_tools,
 )
+from isotherm.dialogue.rendering import tools_text
+from isotherm.dialogue.tool_formats import TOOL_FORMATS
 from isotherm.errors import MessageError, TemplateError
 from isotherm.tokenization.chat import ChatTemplate
 from isotherm.tokenization.tokenizer import Detokenizer
@@ -325,6 +328,22 @@ def test_wrong_tools_are_named(tools: Any, field: str) -> None:
     assert caught.value.field == field
 
 
+def test_strict_tools_need_json(llama_models: Path) -> None:
+    dialogue = Dialogue(template_of(llama_models, "google-gemma-4-31B-it"), TOKENIZER)
+    strict = [replace(TOOLS[0], is_strict=True)]
+    for choice in ("auto", "required"):
+        with pytest.raises(MessageError, match="strict"):
+            dialogue.grammar("", strict, read_tool_choice(choice, strict))
+    assert dialogue.grammar("", TOOLS, read_tool_choice("required", TOOLS)) is not None
+
+
+def test_the_page_shows_all_formats_and_our_words() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in TOOL_FORMATS)
+    tool = replace(TOOLS[0], description="…", parameters={})
+    assert tools_text([tool]).replace("{}", "{…}") in page
+
+
 def test_choices() -> None:
     dialogue = dialogue_of(PLAIN_SOURCE)
     named = {"type": "function", "function": {"name": "now"}}
@@ -342,8 +361,11 @@ def test_choices() -> None:
     assert "get_weather" in forced.source
     assert "get_weather" not in only.source
     strict = read_tools([{"type": "function", "function": {"name": "a", "strict": True}}])
-    with pytest.raises(MessageError, match="strict"):
-        dialogue.grammar("", strict, read_tool_choice("auto", strict))
+    assert dialogue.grammar("", strict, read_tool_choice("auto", strict)) is not None
     assert dialogue.grammar("", strict, read_tool_choice("required", strict)) is not None
+    fenced = '```json\n{"name": "a", "arguments": {}}\n```'
+    for tools, num_calls in ((strict, 0), ([replace(strict[0], is_strict=False)], 1)):
+        parser = dialogue.parser("", tools)
+        assert len(calls_of(parser.push(fenced) + parser.finish())) == num_calls
     parser = dialogue.parser("", TOOLS, read_tool_choice("none", TOOLS))
     assert parser.push('{"name": "now", "arguments": {}}') == [Content('{"name": "now", "arguments": {}}')]

@@ -1,6 +1,7 @@
 """A model's side of a conversation: messages to its prompt, its text to content, reasoning and tool calls."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,7 @@ from isotherm.dialogue.messages import ChatMessage, PastCall, read_messages
 from isotherm.dialogue.parts import ToolCallArguments
 from isotherm.dialogue.reasoning import reasoning_block_of
 from isotherm.dialogue.rendering import in_plain_messages, one_call_a_message, template_messages
-from isotherm.dialogue.tool_formats import TOOL_FORMATS, ToolFormat, tool_format_of
+from isotherm.dialogue.tool_formats import FENCED, TOOL_FORMATS, ToolFormat, tool_format_of
 from isotherm.dialogue.tools import AUTO, ChoiceMode, Tool, ToolChoice, read_tools
 from isotherm.errors import MessageError, TemplateError
 from isotherm.tokenization.chat import ChatTemplate
@@ -83,34 +84,43 @@ class Dialogue:
         return render_literally(lambda given: self._template.render(**given), given, self._tokenizer)
 
     def parser(self, prompt: str, tools: Sequence[Tool] = (), tool_choice: ToolChoice = AUTO) -> AnswerParser:
-        """For one answer to `prompt`, the text of a Prompt; its end tells whether a reasoning block is open."""
+        """For one answer to `prompt`, the text of a Prompt; its end tells whether a reasoning block is open.
+
+        With a strict tool, a call in a fenced block is content: `grammar` does not hold it to a schema.
+        """
         calls = () if tool_choice.mode is ChoiceMode.NONE else tools
+        tool_format = self.tool_format
+        if any(tool.is_strict for tool in calls):
+            blocks = {block: reader for block, reader in tool_format.blocks.items() if block is not FENCED}
+            tool_format = replace(tool_format, blocks=blocks)
         return AnswerParser(
             self.reasoning,
             is_reasoning=self._is_reasoning(prompt),
-            tool_format=self.tool_format,
+            tool_format=tool_format,
             names=[tool.name for tool in calls],
         )
 
     def grammar(
         self, prompt: str, tools: Sequence[Tool], tool_choice: ToolChoice, *, is_parallel: bool = True
     ) -> Grammar | None:
-        """What the answer to `prompt` must match so that it calls a tool; None where it is free not to.
+        """What the answer to `prompt` must match; None where it may be any text.
 
-        is_parallel: several calls are allowed. Raises MessageError for strict tools where the model may choose not to
-        call them: a schema is kept to only where a call is required.
+        It must call a tool where the choice says so; where it may, calls of strict tools keep to their schema. Raises
+        MessageError for strict tools where the model's format is no JSON. is_parallel: several calls are allowed.
         """
-        if tool_choice.mode is not ChoiceMode.REQUIRED:
-            for index, tool in enumerate(tools):
-                if tool.is_strict and tool_choice.mode is ChoiceMode.AUTO:
-                    raise MessageError(
-                        f"tools[{index}].function.strict", 'is supported with tool_choice "required" or a named tool'
-                    )
+        strict = [index for index, tool in enumerate(tools) if tool.is_strict]
+        if tool_choice.mode is ChoiceMode.NONE or (tool_choice.mode is ChoiceMode.AUTO and not strict):
             return None
+        if strict and self.tool_format.quote is not None:
+            field = f"tools[{strict[0]}].function.strict"
+            raise MessageError(field, "is not supported: this model writes arguments in a format that is no JSON")
+        writer = CallGrammar(self.tool_format, self.reasoning, self._tokenizer)
+        is_reasoning = self._is_reasoning(prompt)
+        if tool_choice.mode is ChoiceMode.AUTO:
+            return writer.of_text_with_calls(tools, is_parallel=is_parallel, is_reasoning=is_reasoning)
         wanted = [tool for tool in tools if tool_choice.name in (None, tool.name)]
         assert wanted, "read_tool_choice has let this through"
-        writer = CallGrammar(self.tool_format, self.reasoning, self._tokenizer)
-        return writer.of(wanted, is_parallel=is_parallel, is_reasoning=self._is_reasoning(prompt))
+        return writer.of_calls(wanted, is_parallel=is_parallel, is_reasoning=is_reasoning)
 
     def _is_reasoning(self, prompt: str) -> bool:
         return self.reasoning is not None and self.reasoning.is_open(prompt)

@@ -25,8 +25,12 @@ def spelled_call(tool_format: ToolFormat, name: str, arguments: str) -> str:
     """One call in the format, its arguments as JSON text; for formats that are JSON."""
     assert tool_format.quote is None
     spelling = tool_format.spelling
-    json_name = json.dumps(name) if '{"name": NAME' in spelling.before else name
-    return spelling.before.replace("NAME", json_name) + arguments + spelling.after
+    return spelled_name(spelling.before, name) + arguments + spelling.after
+
+
+def spelled_name(before: str, name: str) -> str:
+    """`before` of a CallSpelling with the tool's name in it, as JSON text where it is a JSON value."""
+    return before.replace("NAME", json.dumps(name) if '{"name": NAME' in before else name)
 
 
 def tools_text(tools: Sequence[Tool]) -> str:

@@ -36,7 +36,7 @@ class Block:
 
 
 BARE = Block("", "")  # a call with no marker, which only an answer's first character can begin
-_FENCED = Block(_FENCE, _FENCE)
+FENCED = Block(_FENCE, _FENCE)
 
 
 class MoreText(Exception):
@@ -270,7 +270,7 @@ class ToolFormat:
 
 
 # Models also write calls with no marker, or fenced, where a small or code model forgets its own.
-_LOOSE: dict[Block, CallReader] = {_FENCED: read_fenced_call, BARE: read_json_call}
+_LOOSE: dict[Block, CallReader] = {FENCED: read_fenced_call, BARE: read_json_call}
 _HERMES = Block("<tool_call>", "</tool_call>")
 _PYTHON_TAG = Block("<|python_tag|>", "")
 _MISTRAL = Block("[TOOL_CALLS]", "")
