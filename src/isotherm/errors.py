@@ -2,7 +2,8 @@
 
 IsothermError
 ├── OptionError            an option, argument or setting is wrong (also a ValueError)
-│   └── MessageError       a message or tool of a chat is wrong; names the field
+│   ├── MessageError       a message or tool of a chat is wrong; names the field
+│   └── GrammarError       a grammar is not valid, or asks for too much
 ├── ModelNotFound          no model goes by that name
 ├── DownloadError          a model could not be fetched
 ├── ModelFileError         a model file is damaged, or is not what it claims to be
@@ -34,6 +35,10 @@ class MessageError(OptionError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field} {message}")
         self.field = field
+
+
+class GrammarError(OptionError):
+    """A grammar is not valid, not supported, allows nothing, or is past a limit; names its kind and the reason."""
 
 
 class ModelNotFound(IsothermError):

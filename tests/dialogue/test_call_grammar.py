@@ -35,8 +35,11 @@ MARKERS = (
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call>", "<tool_call|>"),
     *('<|"|>', "<start_function_call>", "<end_function_call>", "<escape>", "<think>", "</think>"),
 )
-PLAIN, MARKED = byte_tokenizer(), byte_tokenizer(control=MARKERS)
-TOKENIZERS = [pytest.param(PLAIN, id="spelled"), pytest.param(MARKED, id="tokens")]
+TOKENIZERS = [
+    pytest.param(byte_tokenizer(), id="spelled"),
+    pytest.param(byte_tokenizer(control=MARKERS), id="control"),
+    pytest.param(byte_tokenizer(user_defined=MARKERS), id="user defined"),
+]
 THINK = REASONING_BLOCKS[0]
 FORMATS = sorted(TOOL_FORMATS)
 JSON_FORMATS = [name for name in FORMATS if TOOL_FORMATS[name].quote is None]
@@ -44,12 +47,12 @@ JSON_FORMATS = [name for name in FORMATS if TOOL_FORMATS[name].quote is None]
 
 def matcher_of(tokenizer: Tokenizer, source: str) -> Any:
     tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.num_tokens)]
-    hidden = [token for token in range(tokenizer.num_tokens) if tokenizer.is_hidden(token)]
+    special = [token for token in range(tokenizer.num_tokens) if tokenizer.is_special(token)]
 
     class Vocabulary:
         eos_token_id = NUM_BYTES
         bos_token_id = None
-        special_token_ids = hidden
+        special_token_ids = special
 
         def __init__(self) -> None:
             self.tokens = tokens
@@ -71,16 +74,24 @@ def source_of(
     is_parallel: bool = True,
     is_open: bool = False,
 ) -> str:
-    writer = CallGrammar(TOOL_FORMATS[name], block, tokenizer)
+    writer = CallGrammar(TOOL_FORMATS[name], block, marker_ids(tokenizer))
     grammar = writer.of_calls(TOOLS, is_parallel=is_parallel, is_reasoning=is_open)
     assert grammar.kind == "lark"
     return grammar.source
 
 
+def marker_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    found = {text: tokenizer.special_id(text) for text in MARKERS}
+    return {text: token for text, token in found.items() if token is not None}
+
+
 def is_allowed(tokenizer: Tokenizer, source: str, text: str) -> bool:
-    """As a whole answer."""
+    """As a whole answer, its markers tokens where there are such."""
+    return are_allowed(tokenizer, source, tokenizer.encode(text, add_special=False, parse_special=True))
+
+
+def are_allowed(tokenizer: Tokenizer, source: str, ids: list[int]) -> bool:
     matcher = matcher_of(tokenizer, source)
-    ids = tokenizer.encode(text, add_special=False, parse_special=True)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -131,7 +142,7 @@ def test_strict_tools_beside_text(tokenizer: Tokenizer, name: str, block: Reason
     tool_format = TOOL_FORMATS[name]
     spelling = tool_format.spelling
     strict = [replace(TOOLS[0], is_strict=True), TOOLS[1]]
-    source = CallGrammar(tool_format, block, tokenizer).of_text_with_calls(
+    source = CallGrammar(tool_format, block, marker_ids(tokenizer)).of_text_with_calls(
         strict, is_parallel=True, is_reasoning=False
     ).source  # fmt: skip
     weather = spelled_call(tool_format, "get_weather", '{"city": "Paris"}')
@@ -150,6 +161,7 @@ def test_strict_tools_beside_text(tokenizer: Tokenizer, name: str, block: Reason
         assert is_allowed(tokenizer, source, text), text
     for text in refused:
         assert not is_allowed(tokenizer, source, text), text
+        assert not are_allowed(tokenizer, source, list(text.encode())), text  # its markers spelled out
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

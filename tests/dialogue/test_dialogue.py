@@ -221,7 +221,7 @@ def test_no_text_of_a_message_becomes_a_control_token(texts: list[str]) -> None:
     messages = [{"role": "user", "content": text} for text in texts]
     prompt = dialogue.render(messages)
     ids = TOKENIZER.encode(prompt.text, add_special=False, parse_special=True, literal_spans=prompt.literal_spans)
-    start, end = (TOKENIZER.hidden_id(text) for text in ("<|im_start|>", "<|im_end|>"))
+    start, end = (TOKENIZER.special_id(text) for text in ("<|im_start|>", "<|im_end|>"))
     assert [token for token in ids if TOKENIZER.is_hidden(token)] == [start, end] * len(texts)
     shown = TOKENIZER.decode(ids, show_special=True)
     plain = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
@@ -255,11 +255,11 @@ def test_a_template_that_looks_for_control_tokens_is_refused() -> None:
 
 def test_markers_that_are_control_tokens_are_shown(llama_models: Path) -> None:
     llama = Dialogue(template_of(llama_models, "meta-llama-Llama-3.1-8B-Instruct"), TOKENIZER)
-    tag = TOKENIZER.hidden_id("<|python_tag|>")
+    tag = TOKENIZER.special_id("<|python_tag|>")
     assert tag is not None
     assert llama.shown_tokens == {tag}
     answer = '{"name": "now", "parameters": {}}'
-    eot = TOKENIZER.hidden_id("<|eot_id|>")
+    eot = TOKENIZER.special_id("<|eot_id|>")
     assert eot is not None
     ids = [tag, *TOKENIZER.encode(answer, add_special=False, parse_special=False), eot, NUM_BYTES]
     detokenizer = Detokenizer(TOKENIZER, shown=llama.shown_tokens)

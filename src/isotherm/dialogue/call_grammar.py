@@ -9,7 +9,6 @@ from isotherm.dialogue.reasoning import ReasoningBlock
 from isotherm.dialogue.rendering import spelled_name
 from isotherm.dialogue.tool_formats import BARE, ToolFormat
 from isotherm.dialogue.tools import Tool
-from isotherm.tokenization.tokenizer import Tokenizer
 from isotherm.types import Grammar
 
 MAX_PARALLEL_CALLS = 16
@@ -31,17 +30,23 @@ NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/
 
 
 class CallGrammar:
-    """Writes grammars of answers that call tools, for one model. The vocabulary says which markers are tokens.
+    """Writes grammars of answers that call tools, for one model.
 
+    marker_ids: markers that are tokens of the vocabulary; such a one is what the model was trained to write. Where text
+    ends in a marker it may be spelled out too, since whoever reads the answer sees no difference.
     A reasoning block may stand first, where the model has one; is_reasoning: the prompt has opened it. Arguments match
     their schema, but in Gemma's formats, which are no JSON: there the first names are the schema's, and values are any.
     """
 
-    def __init__(self, tool_format: ToolFormat, reasoning: ReasoningBlock | None, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, tool_format: ToolFormat, reasoning: ReasoningBlock | None, marker_ids: Mapping[str, int]
+    ) -> None:
         self._format = tool_format
         self._spelling = tool_format.spelling
         self._reasoning = reasoning
-        self._tokenizer = tokenizer
+        self._marker_ids = marker_ids
+        longest_first = sorted(marker_ids, key=len, reverse=True)
+        self._markers = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if marker_ids else None
 
     def of_calls(self, tools: Sequence[Tool], *, is_parallel: bool, is_reasoning: bool) -> Grammar:
         """At least one call of `tools` and nothing else; at most MAX_PARALLEL_CALLS."""
@@ -85,8 +90,8 @@ class CallGrammar:
         return Grammar("lark", "\n".join([f"start: {start}", *rules]) + "\n")
 
     def _free_text(self, is_reasoning: bool) -> str:
-        """Nor as a reasoning block that is no token, which would hide what follows it."""
-        if self._reasoning is None or is_reasoning or self._tokenizer.hidden_id(self._reasoning.opener) is not None:
+        """Nor as a reasoning block, which would hide what follows it."""
+        if self._reasoning is None or is_reasoning:
             return _FREE_TEXT
         return rf"{_FREE_TEXT} & ~/[ \t\r\n]*{re.escape(self._reasoning.opener)}(?s:.*)/"
 
@@ -125,16 +130,18 @@ class CallGrammar:
 
     def _text_up_to(self, rule: str, marker: str, text: str) -> list[str]:
         """`text` and the next `marker`."""
-        is_token = self._tokenizer.hidden_id(marker) is not None
-        return [f"{rule}{'' if is_token else '[lazy]'}: {text} {self._literal(marker)}"]
+        spelled = f"{rule}_spelled"
+        token = f"{text} <[{self._marker_ids[marker]}]> | " if marker in self._marker_ids else ""
+        return [f"{rule}: {token}{spelled}", f"{spelled}[lazy]: {text} {json.dumps(marker)}"]
 
     def _literal(self, text: str) -> str:
-        """Text in quotes, control tokens by id: their spelling alone does not make them."""
-        pieces = [
-            f"<[{fragment}]>" if isinstance(fragment, int) else json.dumps(fragment)
-            for fragment in self._tokenizer.cut_at_control(text)
-        ]
-        return " ".join(pieces)
+        """Text in quotes, markers by id where they are tokens."""
+        pieces = [text] if self._markers is None else self._markers.split(text)
+        return " ".join(
+            f"<[{self._marker_ids[piece]}]>" if piece in self._marker_ids else json.dumps(piece)
+            for piece in pieces
+            if piece
+        )
 
 
 def _bare_before(before: str) -> str:

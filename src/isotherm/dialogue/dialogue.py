@@ -46,11 +46,17 @@ class Dialogue:
     @cached_property
     def shown_tokens(self) -> frozenset[int]:
         """Control tokens that are markup of answers: a Detokenizer must show these for `parser` to see them."""
+        hidden = [token for token in self._marker_ids.values() if self._tokenizer.is_hidden(token)]
+        return frozenset(hidden) - frozenset(self._tokenizer.end_ids)
+
+    @cached_property
+    def _marker_ids(self) -> dict[str, int]:
+        """Markers that are single tokens of the vocabulary."""
         texts = self.tool_format.markers
         if self.reasoning is not None:
             texts += (self.reasoning.opener, self.reasoning.closer)
-        found = {self._tokenizer.hidden_id(text) for text in texts}
-        return frozenset(token for token in found if token is not None) - frozenset(self._tokenizer.end_ids)
+        found = {text: self._tokenizer.special_id(text) for text in texts}
+        return {text: token for text, token in found.items() if token is not None}
 
     def render(
         self,
@@ -114,7 +120,7 @@ class Dialogue:
         if strict and self.tool_format.quote is not None:
             field = f"tools[{strict[0]}].function.strict"
             raise MessageError(field, "is not supported: this model writes arguments in a format that is no JSON")
-        writer = CallGrammar(self.tool_format, self.reasoning, self._tokenizer)
+        writer = CallGrammar(self.tool_format, self.reasoning, self._marker_ids)
         is_reasoning = self._is_reasoning(prompt)
         if tool_choice.mode is ChoiceMode.AUTO:
             return writer.of_text_with_calls(tools, is_parallel=is_parallel, is_reasoning=is_reasoning)

@@ -93,6 +93,10 @@ class Tokenizer:
                 fragments.append(fragment)
         return fragments
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of `text` that goes on after other text: no space is put before it, and no token is special."""
+        return self._model.encode(without_surrogates(text))
+
     def decode(self, ids: Sequence[int], *, show_special: bool = False, continues: bool = False) -> str:
         """The text of `ids`, all at once; the options are those of Detokenizer."""
         detokenizer = Detokenizer(self, show_special=show_special, continues=continues)
@@ -108,14 +112,14 @@ class Tokenizer:
         """Whether `token` renders as nothing unless special tokens are shown."""
         return token in self._vocabulary.hidden_ids
 
-    def hidden_id(self, text: str) -> int | None:
-        """The id of the hidden token that is spelled `text`; None where there is none."""
-        token = self._vocabulary.index.find(text)
-        return token if token in self._vocabulary.hidden_ids else None
-
     def is_special(self, token: int) -> bool:
         """Whether `token` stands apart from the text around it."""
         return token in self._vocabulary.parsed_ids or token in self._vocabulary.literal_ids
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled `text`; None where there is none."""
+        token = self._vocabulary.index.find(text)
+        return token if token is not None and self.is_special(token) else None
 
 
 class Detokenizer:
