@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
     "grammar": DATA | {"tokenization"},
     "answer": DATA | {"tokenization", "engine"},
-    "text": DATA | {"answer", "grammar", "tokenization", "engine"},
+    "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},

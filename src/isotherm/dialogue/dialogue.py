@@ -73,21 +73,25 @@ class Dialogue:
         """
         if tool_choice.mode is ChoiceMode.NONE:
             tools = ()
-        read = list(read_messages(messages))
-        tool_format = self.tool_format
-        if not tool_format.is_native:
-            uses_tools = tools or any(message.calls for message in read)
-            has_system_role = not uses_tools or self._has_system_role
-            read = in_plain_messages(read, tools, tool_format, has_system_role=has_system_role)
-            tools = ()
-        elif tool_format.name == "llama3":
-            read = one_call_a_message(read)
+        read: Sequence[ChatMessage] = read_messages(messages)
+        if tools or any(message.calls for message in read):
+            read, tools = self._with_tools(read, tools)
+        short_ids = any(message.calls for message in read) and self.tool_format.name.startswith("mistral")
         given = {
-            "messages": template_messages(read, self._template.source, tool_format),
+            "messages": template_messages(read, self._template.source, has_short_ids=short_ids),
             "tools": [tool.declaration for tool in tools] or None,
             "variables": dict(variables or {}),
         }
         return render_literally(lambda given: self._template.render(**given), given, self._tokenizer)
+
+    def _with_tools(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool]
+    ) -> tuple[Sequence[ChatMessage], Sequence[Tool]]:
+        """What is left for the template to do."""
+        tool_format = self.tool_format
+        if not tool_format.is_native:
+            return in_plain_messages(messages, tools, tool_format, has_system_role=self._has_system_role), ()
+        return one_call_a_message(messages) if tool_format.name == "llama3" else messages, tools
 
     def parser(self, prompt: str, tools: Sequence[Tool] = (), tool_choice: ToolChoice = AUTO) -> AnswerParser:
         """For one answer to `prompt`, the text of a Prompt; its end tells whether a reasoning block is open.
@@ -149,7 +153,7 @@ class Dialogue:
         declarations = [tool.declaration for tool in _PROBE_TOOLS]
         texts = []
         for messages in ([question], answered):
-            given = template_messages(messages, self._template.source, tool_format)
+            given = template_messages(messages, self._template.source)
             try:
                 texts.append(self._template.render(given, tools=declarations))
             except TemplateError:

@@ -92,13 +92,17 @@ def one_call_a_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return split
 
 
-def template_messages(messages: Sequence[ChatMessage], source: str, tool_format: ToolFormat) -> list[dict[str, Any]]:
-    """As the template's source reads them: role developer, past reasoning and names only where it knows them."""
-    calls_have_short_ids = tool_format.name.startswith("mistral")
-    return [_template_message(message, source, calls_have_short_ids) for message in messages]
+def template_messages(
+    messages: Sequence[ChatMessage], source: str, *, has_short_ids: bool = False
+) -> list[dict[str, Any]]:
+    """As the template's source reads them: role developer and past reasoning only where it knows them.
+
+    has_short_ids: ids of calls have 9 letters and digits (Mistral).
+    """
+    return [_template_message(message, source, has_short_ids) for message in messages]
 
 
-def _template_message(message: ChatMessage, source: str, calls_have_short_ids: bool) -> dict[str, Any]:
+def _template_message(message: ChatMessage, source: str, has_short_ids: bool) -> dict[str, Any]:
     role = "system" if message.role == "developer" and "developer" not in source else message.role
     fields: dict[str, Any] = {"role": role, "content": message.content}
     if message.name is not None:
@@ -107,7 +111,7 @@ def _template_message(message: ChatMessage, source: str, calls_have_short_ids: b
         fields["reasoning_content"] = message.reasoning
 
     def id_of(call: PastCall) -> str:
-        if calls_have_short_ids and not _MISTRAL_ID.fullmatch(call.id):
+        if has_short_ids and not _MISTRAL_ID.fullmatch(call.id):
             return hashlib.sha256(call.id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
         return call.id
 
