@@ -11,7 +11,7 @@ import isotherm
 from isotherm.answer import _StopFilter
 from isotherm.errors import InsufficientMemory, MessageError, OptionError
 from isotherm.text import TextGenerator
-from isotherm.types import QuantType
+from isotherm.types import QuantType, SamplingParams
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -81,6 +81,17 @@ def test_text_of_a_message_is_never_a_control_token(model: TextGenerator) -> Non
     assert model.prompt_ids(model.dialogue.render(messages)) == model.prompt_ids(spelled)
     with pytest.raises(MessageError, match=r"messages\[0\].role"):
         model.prompt_ids([{"role": "robot", "content": "x"}])
+
+
+def test_control_tokens_appear_where_they_are_asked_for(model: TextGenerator) -> None:
+    (marker,) = model.prompt_ids("<|im_start|>", raw=True)
+    forced = SamplingParams(logit_bias=((marker, 1e6),))
+    for shown, expected in ((frozenset[int](), ""), (frozenset([marker]), "<|im_start|>" * 3)):
+        with model.start(model.prompt_ids("the rain"), max_tokens=3, sampling=forced, shown=shown) as stream:
+            while not stream.is_done:
+                piece = stream.wait()
+        assert piece.answer is not None
+        assert piece.answer.text == expected
 
 
 def test_log_probabilities_come_where_they_are_asked_for(model: TextGenerator) -> None:
