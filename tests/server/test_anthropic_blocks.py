@@ -14,8 +14,14 @@ from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments,
 from isotherm.server.anthropic import ContentBlocks
 from isotherm.server.anthropic_fields import Conversation, CountRequest
 
-START = {"id": "msg_x", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None}
-USAGE = {"input_tokens": 1, "output_tokens": 0}
+START: dict[str, Any] = {
+    "id": "msg_x",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [],
+    "usage": {"input_tokens": 1, "output_tokens": 0},
+}
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 
@@ -27,7 +33,7 @@ def as_client(parts: list[Part]) -> tuple[list[Any], list[Any]]:
     """Content blocks as the client's own code adds up our events, and ours."""
     blocks = ContentBlocks()
     events = [*blocks.add(parts), *blocks.end()]
-    start = {"type": "message_start", "message": {**START, "usage": USAGE}}
+    start = {"type": "message_start", "message": START}
     snapshot, buffers = None, dict[int, bytes]()
     for event in (start, *events):
         snapshot = accumulate_event(event=EVENT.validate_python(event), current_snapshot=snapshot, json_bufs=buffers)

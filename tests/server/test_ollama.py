@@ -182,8 +182,7 @@ def test_what_a_model_is(client: ollama.Client, tiny: Path) -> None:
     assert listed.modified_at == datetime.fromtimestamp(tiny.stat().st_mtime, UTC)
     shown = client.show("tiny")
     assert shown.details == details
-    assert shown.capabilities is not None
-    assert "completion" in shown.capabilities
+    assert shown.capabilities == ["completion", "tools"]
     assert shown.license == "cc0-1.0"
     field = reader.get_field("tokenizer.chat_template")
     assert field is not None

@@ -138,7 +138,7 @@ def test_parts_become_messages() -> None:
 def test_formats_are_grammars() -> None:
     def kind(form: Any) -> tuple[str, str] | None:
         grammar = AnswerFields.model_validate({"model": "m", "format": form}).grammar()
-        return grammar and (grammar.kind, grammar.source)
+        return None if grammar is None else (grammar.kind, grammar.source)
 
     assert kind(None) is None
     assert kind("") is None

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 import isotherm
+from isotherm.dialogue.reasoning import reasoning_block_of
 from isotherm.errors import IsothermError
 from isotherm.server.errors import ApiError, bad_request
 from isotherm.server.fields import Strict
@@ -49,10 +50,10 @@ async def version() -> dict[str, str]:
     return {"version": _API_VERSION, "isotherm": isotherm.__version__}
 
 
-@router.head("/")
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def alive() -> Response:
-    """How clients ask whether anybody is there."""
-    return Response()
+    """How clients ask whether anybody is there; where the chat page is served, it answers instead."""
+    return Response("Isotherm is running", media_type="text/plain")
 
 
 @router.get("/api/tags")
@@ -135,7 +136,11 @@ def _details(card: ModelCard) -> dict[str, Any]:
 
 
 def _capabilities(card: ModelCard) -> list[str]:
-    return ["completion"]
+    """Where a template knows no tools, they are told of in the first message."""
+    if card.chat_template is None:
+        return ["completion"]
+    thinks = reasoning_block_of(card.chat_template) is not None
+    return ["completion", "tools", *(["thinking"] if thinks else [])]
 
 
 def _count_text(count: int) -> str:

@@ -95,14 +95,13 @@ class Shelf:
         if slot.num_users:
             slot.leaves_when_idle = True
         else:
-            await self.unload(slot)
+            await self._unload_if_idle(slot)
 
     async def unload(self, slot: Slot) -> None:
         """Gives its memory back; answers that run end with an error."""
         if slot.timer:
             slot.timer.cancel()
         worker, slot.worker, slot.unload_at = slot.worker, None, FOREVER_S
-        slot.leaves_when_idle = False
         if worker is not None:
             worker.abort(ApiError(503, "unavailable_error", f"{slot.name} was unloaded"))
             await asyncio.to_thread(worker.close)
@@ -127,6 +126,7 @@ class Shelf:
         """Nobody may be using it now: sets when it is unloaded."""
         if slot.leaves_when_idle:
             keep_alive_s = 0.0
+            slot.leaves_when_idle = slot.num_users > 0
         slot.used_at = time.time()
         if slot.timer:
             slot.timer.cancel()
@@ -134,20 +134,25 @@ class Shelf:
         slot.unload_at = slot.used_at + keep_alive_s
         if slot.num_users or slot.worker is None or keep_alive_s == FOREVER_S:
             return
-        loop = asyncio.get_running_loop()
-        slot.timer = loop.call_later(keep_alive_s, self._unload_if_idle, slot)
+        slot.timer = asyncio.get_running_loop().call_later(keep_alive_s, self._unload_if_idle, slot)
 
-    def _unload_if_idle(self, slot: Slot) -> None:
-        if slot.num_users == 0:
-            task = asyncio.get_running_loop().create_task(self.unload(slot))
-            self._unloading.add(task)
-            task.add_done_callback(self._unloading.discard)
+    def _unload_if_idle(self, slot: Slot) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._leave(slot))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+        return task
+
+    async def _leave(self, slot: Slot) -> None:
+        if slot.num_users == 0:  # nobody came since the task was made
+            await self.unload(slot)
 
     async def _load(self, slot: Slot) -> Worker:
         async with self._loading:
             while True:
                 if self._is_closing:
                     raise ApiError(503, "unavailable_error", "the server is shutting down")
+                if self._unloading:  # whose memory may be needed
+                    await asyncio.wait(self._unloading)
                 try:
                     model = await asyncio.to_thread(self._loader, slot.source)
                 except InsufficientMemory:
