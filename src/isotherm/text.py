@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from isotherm.answer import Answer, Piece, TextStream
 from isotherm.dialogue import Dialogue, Prompt
 from isotherm.engine.engine import Engine, EngineLoad
+from isotherm.engine.kv_store import StoreCounts
 from isotherm.engine.request import Constraint, Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
@@ -210,8 +211,15 @@ class TextGenerator:
         with self._open_engine().alone() as solo:
             return solo.record_decode(num_tokens, depth)
 
+    @property
+    def store_counts(self) -> StoreCounts | None:
+        """KV pages read from `kv_dir` and written there since loading; None where none is used."""
+        return self._open_engine().store_counts
+
     def close(self) -> None:
-        """Gives memory and threads back, once running answers have ended."""
+        """Gives memory and threads back, once running answers have ended; before that, KV pages go to `kv_dir`."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         vars(self).pop("_grammars", None)
 
