@@ -43,6 +43,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     """How many tokens a conversation is as a prompt. Loads the model, whose tokenizer says so."""
     shelf: Shelf = request.app.state.shelf
     _refuse_what_is_not_there(body)
+    request.scope["isotherm.log"].model = body.model
     async with shelf.borrow(body.model) as worker:
         ids = await asyncio.to_thread(worker.model.prompt_ids, body.prompt())  # type: ignore[arg-type]
     return {"input_tokens": len(ids)}

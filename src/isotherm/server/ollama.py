@@ -19,6 +19,7 @@ from isotherm.server.ollama_models import time_text
 from isotherm.server.openai_fields import logprob_entries
 from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import NDJSON, StreamedAnswer, Watch, compact
+from isotherm.text import TextGenerator
 
 router = APIRouter()
 
@@ -32,7 +33,16 @@ class Said:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """When a request was read, and how long it then waited for its model to be there."""
+
+    started_s: float
+    load_s: float
+
+
 Shape = Callable[[Said], dict[str, Any]]
+Prompt = str | tuple[dict[str, Any], ...]
 
 
 def as_message(said: Said) -> dict[str, Any]:
@@ -55,7 +65,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         raise bad_request("tools are not supported yet", "tools")
     if not body.messages:
         return await _without_prompt(body, request, as_message)
-    return await _answer(body, body.prompt(), request, as_message)
+    messages = body.prompt()
+    return await _answer(body, lambda _: messages, request, as_message)
 
 
 @router.post("/api/generate")
@@ -63,16 +74,15 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     """An answer to one prompt; without one the model is loaded, or unloaded."""
     if not body.prompt:
         return await _without_prompt(body, request, as_response)
-    return await _answer(body, await _single_prompt(body, request), request, as_response)
-
-
-async def _single_prompt(body: GenerateRequest, request: Request) -> str | tuple[dict[str, Any], ...]:
-    """The text as it is where that is asked for, or where the model has no chat template."""
-    assert body.prompt
     if body.raw and body.system:
         raise bad_request("raw takes the prompt as it is, without system", "system")
-    shelf: Shelf = request.app.state.shelf
-    if body.raw or (not body.system and (await shelf.find(body.model).card()).chat_template is None):
+    return await _answer(body, lambda model: _single_prompt(body, model), request, as_response)
+
+
+def _single_prompt(body: GenerateRequest, model: TextGenerator) -> Prompt:
+    """The text as it is where that is asked for, or where the model has no chat template."""
+    assert body.prompt
+    if body.raw or (not body.system and not model.has_chat_template):
         return body.prompt
     system = [{"role": "system", "content": body.system}] if body.system else []
     return (*system, {"role": "user", "content": body.prompt})
@@ -80,10 +90,9 @@ async def _single_prompt(body: GenerateRequest, request: Request) -> str | tuple
 
 async def _without_prompt(body: AnswerFields, request: Request, shape: Shape) -> JSONResponse:
     shelf: Shelf = request.app.state.shelf
-    slot = shelf.find(body.model)
-    request.scope["isotherm.log"].model = slot.name
+    request.scope["isotherm.log"].model = body.model
     if body.keep_alive == 0:
-        await shelf.release(slot)
+        await shelf.release(shelf.find(body.model))
     else:
         async with shelf.borrow(body.model, body.keep_alive):
             pass
@@ -93,40 +102,41 @@ async def _without_prompt(body: AnswerFields, request: Request, shape: Shape) ->
 
 
 async def _answer(
-    body: AnswerFields, prompt: str | tuple[dict[str, Any], ...], request: Request, shape: Shape
+    body: AnswerFields, prompt_for: Callable[[TextGenerator], Prompt], request: Request, shape: Shape
 ) -> Response:
     if body.think is not None:
         raise bad_request("thinking cannot be switched yet", "think")
-    started_s = time.perf_counter()
+    shelf: Shelf = request.app.state.shelf
+    request.scope["isotherm.log"].model = body.model
     options = body.options or Options()
-    ask = Ask(
-        body.model,
-        prompt,
-        options.sampling(request.app.state.sampling, body.num_logprobs),
-        options.max_tokens,
-        tuple(options.stop or ()),
-        keep_alive_s=body.keep_alive,
-        grammar=body.grammar(),
-    )
-    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
-    answer = _Answer(exchange, shape, wants_logprobs=bool(body.logprobs), started_s=started_s)
+    sampling = options.sampling(request.app.state.sampling, body.num_logprobs)
+    started_s = time.perf_counter()
+    async with shelf.borrow(body.model, body.keep_alive) as worker:
+        load_s = time.perf_counter() - started_s
+        _check_context(options, worker.model.context_tokens)
+        ask = Ask(
+            body.model,
+            prompt_for(worker.model),
+            sampling,
+            options.max_tokens,
+            tuple(options.stop or ()),
+            keep_alive_s=body.keep_alive,
+            grammar=body.grammar(),
+        )
+        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
+    answer = _Answer(exchange, shape, Timing(started_s, load_s), wants_logprobs=bool(body.logprobs))
+    if body.stream is not False:
+        return StreamedAnswer(exchange, answer.lines(), _failure, NDJSON)
     try:
-        _check_context(options, exchange)
-        if body.stream is not False:
-            return StreamedAnswer(exchange, answer.lines(), _failure, NDJSON)
         with Watch(exchange, request.receive):
-            whole = await answer.whole()
-    except BaseException:
+            return JSONResponse(await answer.whole())
+    finally:
         await exchange.__aexit__()
-        raise
-    await exchange.__aexit__()
-    return JSONResponse(whole)
 
 
-def _check_context(options: Options, exchange: Exchange) -> None:
-    held = exchange.model.context_tokens
-    if options.num_ctx is not None and options.num_ctx > held:
-        reason = f"num_ctx is {options.num_ctx}, the model is loaded with a context of {held}"
+def _check_context(options: Options, held_tokens: int) -> None:
+    if options.num_ctx is not None and options.num_ctx > held_tokens:
+        reason = f"num_ctx is {options.num_ctx}, the model is loaded with a context of {held_tokens}"
         raise bad_request(f"{reason}; ask for less, or start the server with --ctx", "options.num_ctx")
 
 
@@ -141,12 +151,11 @@ def _line(value: dict[str, Any]) -> bytes:
 class _Answer:
     """One exchange in Ollama's words."""
 
-    def __init__(self, exchange: Exchange, shape: Shape, *, wants_logprobs: bool, started_s: float) -> None:
+    def __init__(self, exchange: Exchange, shape: Shape, timing: Timing, *, wants_logprobs: bool) -> None:
         self._exchange = exchange
         self._shape = shape
+        self._timing = timing
         self._wants_logprobs = wants_logprobs
-        self._started_s = started_s
-        self._load_s = time.perf_counter() - started_s
         self._spoken = Speech()
 
     async def whole(self) -> dict[str, Any]:
@@ -180,8 +189,8 @@ class _Answer:
         return {
             "done": True,
             "done_reason": "length" if answer.finish_reason == "length" else "stop",
-            "total_duration": _ns(time.perf_counter() - self._started_s),
-            "load_duration": _ns(self._load_s),
+            "total_duration": _ns(time.perf_counter() - self._timing.started_s),
+            "load_duration": _ns(self._timing.load_s),
             "prompt_eval_count": answer.num_prompt_tokens,
             "prompt_eval_duration": _ns(answer.prefill_s),
             "eval_count": answer.num_tokens,
