@@ -36,7 +36,9 @@ class TemplateVariables(Strict):
 
 
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]  # read by isotherm.dialogue
+    """The body of a request; messages and tools are checked where they are read, by the room `dialogue`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: Annotated[list[dict[str, Any]], Field(max_length=_MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
