@@ -197,6 +197,7 @@ class Setting:
         if type(value) is not kind:
             raise self._refusal(value, source)
         if isinstance(value, str):
+            value = value.strip()
             if self.rule.choices and value not in self.rule.choices:
                 raise self._refusal(value, source)
             return value
