@@ -126,6 +126,7 @@ class Settings:
     )
     shutdown_s: float = _setting(30.0, Rule(float, "SECONDS", "Time for running answers to end at the end.", low=0.0))
     max_body_mib: float = _setting(8.0, Rule(float, "MIB", "Largest body of a request.", low=0.001, high=4096.0))
+    page: bool = _setting(True, Rule(bool, "", "Serve a chat page at /."))
     log_json: bool = _setting(False, Rule(bool, "", "Log lines as JSON."))
     log_prompts: bool = _setting(False, Rule(bool, "", "Log prompts too."))
 
@@ -243,6 +244,7 @@ SERVING = (
     "keep_alive_s",
     "shutdown_s",
     "max_body_mib",
+    "page",
     "log_json",
     "log_prompts",
 )
