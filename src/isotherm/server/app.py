@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 import isotherm
 from isotherm.errors import IsothermError
-from isotherm.server import openai_chat, status
+from isotherm.server import openai_chat, openai_completions, status
 from isotherm.server.errors import ApiError, api_error, bad_request, error_body
 from isotherm.server.shelf import Shelf
 from isotherm.types import SamplingParams
@@ -22,7 +22,7 @@ def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
     app = FastAPI(title="Isotherm", version=isotherm.__version__, docs_url=None, redoc_url=None)
     app.state.shelf = shelf
     app.state.sampling = sampling
-    for room in (openai_chat, status):
+    for room in (openai_chat, openai_completions, status):
         app.include_router(room.router)
     for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -119,7 +119,7 @@ class Exchange:
             self._worker = await self._stack.enter_async_context(self._shelf.borrow(ask.model, ask.keep_alive_s))
             self._stack.enter_context(self._worker.place(ask.num_answers))
             self.prompt_ids = await asyncio.to_thread(_prompt_ids, self._worker.model, ask.prompt)
-            self._log.prompt_tokens = len(self.prompt_ids)
+            self._log.prompt_tokens = (self._log.prompt_tokens or 0) + len(self.prompt_ids)
             if self._logs_prompts:
                 self._log.prompt = self._worker.model.detokenize(self.prompt_ids)
             await self._start(0)
@@ -134,9 +134,11 @@ class Exchange:
         for reply in self._replies:
             reply.cancel()
         if answers := self.answers:
-            self._log.cached_tokens = max(answer.num_cached_tokens for answer in answers)
-            self._log.answer_tokens = sum(answer.num_tokens for answer in answers)
-        self._log.finish_reason = ", ".join(outcome.finish_reason or "cancelled" for outcome in self.outcomes)
+            cached = max(answer.num_cached_tokens for answer in answers)
+            self._log.cached_tokens = (self._log.cached_tokens or 0) + cached
+            self._log.answer_tokens = (self._log.answer_tokens or 0) + sum(answer.num_tokens for answer in answers)
+        ends = [outcome.finish_reason or "cancelled" for outcome in self.outcomes]
+        self._log.finish_reason = ", ".join(([self._log.finish_reason] if self._log.finish_reason else []) + ends)
         await self._stack.aclose()
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:

@@ -79,7 +79,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     chat = _Chat(exchange, wants_logprobs)
     if body.stream:
         includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamedAnswer(exchange, chat.events(includes_usage), _failure)
+        return StreamedAnswer(exchange, chat.events(includes_usage), failure)
     try:
         with Watch(exchange, request.receive):
             return JSONResponse(await chat.whole())
@@ -87,7 +87,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         await exchange.__aexit__()
 
 
-def _failure(error: ApiError) -> bytes:
+def failure(error: ApiError) -> bytes:
     return event(openai_body(error))
 
 

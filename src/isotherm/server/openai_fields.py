@@ -16,6 +16,7 @@ _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 4096
 _MAX_ANSWERS = 16
 MAX_TOP_LOGPROBS = 20
+MIN_LOGPROB = -9999.0  # OpenAI's, of what cannot be; JSON has no infinity
 
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 
@@ -117,4 +118,4 @@ def logprob_entries(model: TextGenerator, tokens: tuple[SampledToken, ...]) -> l
 
 def _entry(model: TextGenerator, token_id: int, logprob: float) -> dict[str, Any]:
     data = model.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
