@@ -36,8 +36,9 @@ ARROWS: dict[str, set[str]] = {
     "models": DATA | {"program"},
     "backends": DATA | {"program", "quantization", "_native"},
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
+    "grammar": DATA | {"tokenization"},
     "answer": DATA | {"tokenization", "engine"},
-    "text": DATA | {"answer", "tokenization", "engine"},
+    "text": DATA | {"answer", "grammar", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
@@ -59,7 +60,10 @@ COMMANDS: dict[str, set[str]] = {
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"backends", "engine", "evaluation", "formats", "program", "quantization", "text", "tokenization"},
+    "numpy": {
+        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "text", "tokenization"},
+    },
+    "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},
     "jinja2": {"tokenization"},
     "tokenizers": {"tokenization"},

@@ -1,6 +1,7 @@
 // Sampler for Python. isotherm.engine.sampling checks the rules; here the arrays are checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,18 +15,23 @@ using namespace isotherm;
 namespace {
 
 using Logits = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bitmask = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using TokenIds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // (token id, its log-probability, the likeliest as (id, log-probability)), or None: every token is banned
-nb::object sample(Sampler& sampler, Logits logits, TokenIds history, uint64_t position, uint64_t sequence) {
+nb::object sample(Sampler& sampler, Logits logits, TokenIds history, uint64_t position, uint64_t sequence,
+                  std::optional<Bitmask> allowed) {
   const auto known = [&](int32_t id) { return 0 <= id && id < sampler.vocab_size(); };
   if (logits.size() != static_cast<size_t>(sampler.vocab_size())) throw std::invalid_argument("logits: one row");
   for (size_t i = 0; i < history.size(); i++)
     if (!known(history.data()[i])) throw std::invalid_argument("history: an id outside the vocabulary");
+  if (allowed && allowed->size() != (logits.size() + 31) / 32)
+    throw std::invalid_argument("allowed: a bit for each token, in words of 32");
   std::optional<SampledToken> token;
   {
     nb::gil_scoped_release nogil;
-    token = sampler.sample(logits.data(), history.data(), history.size(), position, sequence);
+    token = sampler.sample(logits.data(), history.data(), history.size(), position, sequence,
+                           allowed ? allowed->data() : nullptr);
   }
   if (!token) return nb::none();
   return nb::make_tuple(token->id, token->logprob, token->logprobs);
@@ -58,6 +64,7 @@ void bind_sampler(nb::module_& m) {
             new (self) Sampler(rules, vocab_size);
           },
           nb::arg("rules"), nb::arg("vocab_size"))
-      .def("sample", &sample, nb::arg("logits"), nb::arg("history"), nb::arg("position"), nb::arg("sequence"))
+      .def("sample", &sample, nb::arg("logits"), nb::arg("history"), nb::arg("position"), nb::arg("sequence"),
+           nb::arg("allowed") = nb::none())
       .def_prop_ro("busy_s", &Sampler::busy_s);
 }

@@ -89,6 +89,15 @@ WIDE_CLONE bool copy_checked(const float* values, size_t n, float* __restrict co
   return unsound == 0;
 }
 
+// -inf where the bit of a value is not set.
+WIDE_CLONE void ban_others(const uint32_t* allowed, size_t n, float* values) {
+  for (size_t first = 0; first < n; first += 32) {
+    const uint32_t word = allowed[first / 32];
+    for (size_t i = 0; i < std::min<size_t>(32, n - first); i++)
+      values[first + i] = word >> i & 1 ? values[first + i] : -kInfinity;
+  }
+}
+
 bool before(Candidate a, Candidate b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
 
 // The k first candidates in order, without those of -inf. The k-th largest of the blocks' maxima is a bound below
@@ -237,19 +246,20 @@ int32_t Sampler::draw(float best, uint64_t random) {
 }
 
 std::optional<SampledToken> Sampler::sample(const float* logits, const int32_t* history, size_t num_history,
-                                            uint64_t position, uint64_t sequence) {
+                                            uint64_t position, uint64_t sequence, const uint32_t* allowed) {
   const std::lock_guard lock(busy_);
   const auto started = std::chrono::steady_clock::now();
-  const auto token = choose(logits, history, num_history, position, sequence);
+  const auto token = choose(logits, history, num_history, position, sequence, allowed);
   busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   return token;
 }
 
 std::optional<SampledToken> Sampler::choose(const float* logits, const int32_t* history, size_t num_history,
-                                            uint64_t position, uint64_t sequence) {
+                                            uint64_t position, uint64_t sequence, const uint32_t* allowed) {
   const float peak = largest(logits, values_.size());
   if (peak == -kInfinity || !copy_checked(logits, values_.size(), values_.data())) throw BadLogits();
 
+  if (allowed) ban_others(allowed, values_.size(), values_.data());
   apply_bias();
   apply_penalties(history, num_history);
   const float best = largest(values_.data(), values_.size());

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isotherm.types import LoadOptions, SamplingParams
+from isotherm.types import Grammar, LoadOptions, SamplingParams
 
 if TYPE_CHECKING:
     from isotherm.formats.fetching import FetchReporter
     from isotherm.text import TextGenerator
 
-__all__ = ["LoadOptions", "SamplingParams", "__version__", "load"]
+__all__ = ["Grammar", "LoadOptions", "SamplingParams", "__version__", "load"]
 
 __version__ = "0.1.0"
 

@@ -143,6 +143,11 @@ class Sampler:
     def busy_s(self) -> float:
         """Wall time inside `sample` so far."""
     def sample(
-        self, logits: NDArray[np.float32], history: NDArray[np.int32], position: int, sequence: int
+        self,
+        logits: NDArray[np.float32],
+        history: NDArray[np.int32],
+        position: int,
+        sequence: int,
+        allowed: NDArray[np.uint32] | None = None,
     ) -> tuple[int, float, list[tuple[int, float]]] | None:
         """(token id, log-probability, the likeliest); None where every token is banned."""

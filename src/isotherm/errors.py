@@ -2,6 +2,7 @@
 
 IsothermError
 ├── OptionError            an option, argument or setting is wrong (also a ValueError)
+│   └── GrammarError       a grammar is not valid, or asks for too much
 ├── ModelNotFound          no model goes by that name
 ├── DownloadError          a model could not be fetched
 ├── ModelFileError         a model file is damaged, or is not what it claims to be
@@ -22,6 +23,10 @@ class IsothermError(Exception):
 
 class OptionError(IsothermError, ValueError):
     """An option, argument, environment variable or config value is wrong."""
+
+
+class GrammarError(OptionError):
+    """A grammar is not valid, not supported, allows nothing, or is past a limit; names its kind and the reason."""
 
 
 class ModelNotFound(IsothermError):

@@ -2,20 +2,24 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.answer import Answer, Piece, TextStream
 from isotherm.engine.engine import Engine, EngineLoad
-from isotherm.engine.request import Request
+from isotherm.engine.request import Constraint, Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
 from isotherm.tokenization.chat import ChatTemplate
 from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer
-from isotherm.types import SamplingParams
+from isotherm.types import Grammar, SamplingParams
+
+if TYPE_CHECKING:
+    from isotherm.grammar.compiler import GrammarCompiler
 
 
 class Message(TypedDict):
@@ -55,6 +59,7 @@ class TextGenerator:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         raw: bool = False,
+        grammar: Grammar | None = None,
         sampling: SamplingParams | None = None,
         **sampling_fields: Any,
     ) -> Generator[Piece, None, None]:
@@ -62,15 +67,25 @@ class TextGenerator:
 
         prompt: text, one user message where the model has a chat template and `raw` is false; or messages.
         max_tokens: None for as many as the context holds. stop: strings that end the answer and are not part of it.
-        Fields of SamplingParams may be given by name; greedy by default.
-        Raises ContextOverflow, TemplateError, OptionError; TypeError for an option that does not exist. Closing the
-        iterator stops the answer; so does Ctrl-C, as KeyboardInterrupt. The object stays usable after either.
+        grammar: what the answer has to follow, up to a stop string. Fields of SamplingParams may be given by name;
+        greedy by default.
+        Raises ContextOverflow, TemplateError, GrammarError, OptionError; TypeError for an option that does not exist.
+        Closing the iterator stops the answer, and so does Ctrl-C, as KeyboardInterrupt; the object stays usable.
         """
         params = replace(sampling or SamplingParams(), **sampling_fields)
         _check_answer_options(max_tokens, stop)
         request = Request(tuple(self.prompt_ids(prompt, raw=raw)), max_tokens, params, self._tokenizer.end_ids)
         self._open_engine().num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
-        return self._run(request, tuple(stop))
+        return self._run(replace(request, constraint=self._constraint(grammar)), tuple(stop))
+
+    @cached_property
+    def _grammars(self) -> "GrammarCompiler":
+        from isotherm.grammar.compiler import GrammarCompiler  # its library takes long to import, and few need it
+
+        return GrammarCompiler(self._tokenizer, self.facts.config.vocab_size)
+
+    def _constraint(self, grammar: Grammar | None) -> Constraint | None:
+        return None if grammar is None else self._grammars.compile(grammar)
 
     def _run(self, request: Request, stop: tuple[str, ...]) -> Generator[Piece, None, None]:
         with TextStream(self._open_engine(), self._tokenizer, request, stop) as stream:
@@ -84,6 +99,7 @@ class TextGenerator:
         *,
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
         sampling: SamplingParams | None = None,
         sequence: int = 0,
         priority: int = 0,
@@ -96,6 +112,7 @@ class TextGenerator:
         params = sampling or SamplingParams()
         _check_answer_options(max_tokens, stop)
         request = Request(tuple(prompt_ids), max_tokens, params, self._tokenizer.end_ids, sequence, priority)
+        request = replace(request, constraint=self._constraint(grammar))
         return TextStream(self._open_engine(), self._tokenizer, request, tuple(stop))
 
     def step(self) -> bool:
@@ -190,6 +207,7 @@ class TextGenerator:
     def close(self) -> None:
         """Gives memory and threads back, once running answers have ended."""
         self._engine = None
+        vars(self).pop("_grammars", None)
 
     def _open_engine(self) -> Engine:
         if self._engine is None:

@@ -170,6 +170,17 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer has to follow, as a whole. kind: "json_schema", "json_object", "regex", "lark" or "gbnf".
+
+    source is in the kind's own language, "" for json_object.
+    """
+
+    kind: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """How `isotherm.load` opens a model."""
 

@@ -184,6 +184,25 @@ def test_the_answer_depends_on_seed_sequence_and_position_alone() -> None:
     assert forward != [other_seed.sample(logits, NO_HISTORY, *key).token_id for key in keys]
 
 
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_what_is_not_allowed_is_banned_as_by_a_bias(data: st.DataObject) -> None:
+    vocab_size = data.draw(st.integers(1, 300))
+    params = replace(data.draw(params_of(vocab_size)), num_logprobs=5, logit_bias=())
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    logits = some_logits(rng, vocab_size, data.draw(st.sampled_from(["normal", "ties", "holes", "peak"])))
+    history = rng.integers(0, vocab_size, 20).astype(np.int32)
+    bits = rng.random(-(-vocab_size // 32) * 32) < data.draw(st.sampled_from([0.02, 0.5, 1.0]))
+    allowed = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)  # with bits beyond the vocabulary
+    banned = tuple((token_id, -math.inf) for token_id in np.flatnonzero(~bits[:vocab_size]).tolist())
+    sampler, twin = Sampler(params, vocab_size), Sampler(replace(params, logit_bias=banned), vocab_size)
+    if np.all(logits[bits[:vocab_size]] == -np.inf):
+        with pytest.raises(OptionError, match="logit_bias and the grammar together ban every token"):
+            sampler.sample(logits, history, 3, 0, allowed)
+        return
+    assert sampler.sample(logits, history, 3, 0, allowed) == twin.sample(logits, history, 3, 0)
+
+
 def test_a_missing_seed_is_drawn_once() -> None:
     params = SamplingParams(temperature=1.0)
     first, second = Sampler(params, 1000), Sampler(params, 1000)
@@ -248,6 +267,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     logits = np.zeros(10, dtype=np.float32)
     with pytest.raises(ValueError, match="one row"):
         sampler.sample(logits[:9], NO_HISTORY, 0, 0)
+    for num_words in (0, 2):
+        with pytest.raises(ValueError, match="words of 32"):
+            sampler.sample(logits, NO_HISTORY, 0, 0, np.zeros(num_words, dtype=np.uint32))
     for outside in (-1, 10):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             sampler.sample(logits, np.array([0, outside], dtype=np.int32), 0, 0)

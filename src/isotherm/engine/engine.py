@@ -192,6 +192,9 @@ class Engine:
         if not shares:
             return False
         started = time.perf_counter()
+        for share in shares:
+            if share.is_last:
+                share.job.owner.prepare()
         try:
             self._changed.release()
             self._compute(shares)

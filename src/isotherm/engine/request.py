@@ -1,6 +1,7 @@
 """One request: what was asked for, what it cost, and how far it is."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +12,25 @@ from isotherm.errors import OptionError
 from isotherm.types import SamplingParams
 
 
+class Constraint(Protocol):
+    """What one answer has to follow. It knows the answer only as it is told it: a step may be computed anew."""
+
+    def prepare(self, answer_ids: NDArray[np.int32]) -> None:
+        """Starts to find out, in another thread, what may come after these: the tokens before, and at most one more."""
+
+    def allowed(self) -> NDArray[np.uint32] | None:
+        """Waits for it: a bitmask for `Sampler.sample`; None where the answer is complete and can only end.
+
+        End tokens are among the allowed ones where it may end. Raises GrammarError where it can neither end nor go on.
+        """
+
+
 @dataclass(frozen=True)
 class Request:
     """max_tokens None: as many as the context holds. An id of `end_ids` ends the answer and is not part of it.
 
     sequence: which of several answers to one prompt this is; each draws other random numbers from the same seed.
-    priority: higher goes first.
+    priority: higher goes first. constraint: of this answer alone.
     """
 
     prompt_ids: tuple[int, ...]
@@ -25,6 +39,7 @@ class Request:
     end_ids: frozenset[int]
     sequence: int = 0
     priority: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass
@@ -49,7 +64,7 @@ class Generation:
     sampler: Sampler
     chosen: list[SampledToken] = field(default_factory=list)
     num_read: int = 0
-    ended: bool = False  # by an end token
+    ended: bool = False  # by an end token, or complete
     error: Exception | None = None  # what went wrong with this request alone
 
     @property
@@ -65,20 +80,35 @@ class Generation:
         """Whether `read` has a token, or the end, to tell."""
         return self.num_read < self.num_chosen or self.is_done
 
+    def prepare(self) -> None:
+        """Before the logits of the next token are computed."""
+        if self.request.constraint:
+            self.request.constraint.prepare(self.job.tokens[len(self.request.prompt_ids) : self.job.num_tokens])
+
     def choose(self, logits: NDArray[np.float32]) -> None:
         """The next token; an end token is not kept."""
-        job = self.job
         try:
-            token = self.sampler.sample(logits, job.tokens[: job.num_tokens], job.num_tokens, self.request.sequence)
+            self._choose(logits)
         except (OptionError, AssertionError) as error:
             self.error = error
+
+    def _choose(self, logits: NDArray[np.float32]) -> None:
+        job, constraint = self.job, self.request.constraint
+        allowed = constraint.allowed() if constraint else None
+        if constraint and allowed is None:
+            self.ended = True
             return
+        history = job.tokens[: job.num_tokens]
+        token = self.sampler.sample(logits, history, job.num_tokens, self.request.sequence, allowed)
         if token.token_id in self.request.end_ids:
             self.ended = True
             return
         self.facts.reached_limit = job.num_tokens + 1 == len(job.tokens)
         self.chosen[self.num_chosen :] = [token]
         job.append(token.token_id)
+        if constraint and self.facts.reached_limit:
+            self.prepare()
+            self.facts.reached_limit = constraint.allowed() is not None
 
     def read(self) -> SampledToken | None:
         """The next token for the reader; None at the end. Raises what went wrong."""

@@ -72,7 +72,8 @@ class Sampler:
     Each rule keeps a part of the vocabulary: top_k the k largest logits (of equal ones the lowest ids); top_p the
     shortest prefix of those by value whose probabilities reach top_p of their sum; min_p what has at least min_p of
     the largest probability. The draw goes over the survivors by rising id. Greedy takes the largest, of equal ones
-    the lowest id. Penalties are llama.cpp's and count prompt and answer alike; a bias of -inf bans.
+    the lowest id. Penalties are llama.cpp's and count prompt and answer alike; a bias of -inf bans, and so does a bit
+    of `allowed` that is not set.
 
     The random number is a function of (seed, sequence, position) alone: Philox4x64-10 (Salmon et al. 2011).
     The bits of an answer depend neither on the processor nor on libm: exp and log are our own.
@@ -95,15 +96,22 @@ class Sampler:
         return self._native.busy_s
 
     def sample(
-        self, logits: npt.NDArray[np.float32], history: npt.NDArray[np.int32], position: int, sequence: int
+        self,
+        logits: npt.NDArray[np.float32],
+        history: npt.NDArray[np.int32],
+        position: int,
+        sequence: int,
+        allowed: npt.NDArray[np.uint32] | None = None,
     ) -> SampledToken:
         """The token for `position`, after `history` (prompt and answer so far, ids [n]), by `logits` [vocab_size].
 
-        sequence: which answer of the request this is. Raises OptionError where every token is banned, AssertionError
+        sequence: which answer of the request this is. allowed: a bitmask [ceil(vocab_size / 32)], token i in bit i % 32
+        of word i // 32; None allows all. Raises OptionError where every token is banned, AssertionError
         for logits that are NaN, +inf, or all -inf.
         """
-        chosen = self._native.sample(logits, history, position, sequence)
+        chosen = self._native.sample(logits, history, position, sequence, allowed)
         if chosen is None:
-            raise OptionError("logit_bias bans every token that the model could choose; leave at least one")
+            bans = "logit_bias bans" if allowed is None else "logit_bias and the grammar together ban"
+            raise OptionError(f"{bans} every token that the model could choose; leave at least one")
         token_id, logprob, top = chosen
         return SampledToken(token_id, logprob, tuple(top))

@@ -10,11 +10,13 @@ from starlette.exceptions import HTTPException
 import isotherm
 from isotherm.errors import IsothermError
 from isotherm.server import openai_chat, openai_completions, status
+from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error, bad_request, error_body
 from isotherm.server.shelf import Shelf
 from isotherm.types import SamplingParams
 
 _MAX_INPUT_CHARS = 200
+_CLIENT_LEFT = 499  # in the log alone, as nginx writes it
 
 
 def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
@@ -24,9 +26,14 @@ def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
     app.state.sampling = sampling
     for room in (openai_chat, openai_completions, status):
         app.include_router(room.router)
+    app.add_exception_handler(ClientLeft, _answer_nobody)
     for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return app
+
+
+async def _answer_nobody(request: Request, _: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

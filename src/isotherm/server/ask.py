@@ -13,7 +13,7 @@ from isotherm.server.gate import RequestLog, Scope
 from isotherm.server.shelf import Shelf
 from isotherm.server.worker import Progress, Reply, Update, Worker
 from isotherm.text import TextGenerator
-from isotherm.types import SamplingParams
+from isotherm.types import Grammar, SamplingParams
 
 _QUIET_S = 15.0  # without news a client is sent a sign of life
 
@@ -34,6 +34,7 @@ class Ask:
     priority: int = 0
     wants_progress: bool = False
     keep_alive_s: float | None = None
+    grammar: Grammar | None = None  # what the answer must match
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Exchange:
             self.prompt_ids,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
+            grammar=ask.grammar,
             sampling=ask.sampling,
             sequence=index,
             priority=ask.priority,

@@ -12,14 +12,15 @@ from pydantic import Field
 from isotherm.dialogue.parts import Content
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request, openai_body
+from isotherm.server.fields import Strict
 from isotherm.server.openai_fields import (
     MAX_TOP_LOGPROBS,
     SamplingFields,
-    Strict,
     logprob_entries,
     timings,
     usage,
 )
+from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
 from isotherm.server.streaming import StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
 from isotherm.text import Message
@@ -51,6 +52,9 @@ class ChatRequest(SamplingFields):
     metadata: dict[str, str] | None = None  # labels, as `user`
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None  # GBNF, llama.cpp's
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -74,6 +78,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         body.n or 1,
         body.priority,
         body.return_progress,
+        grammar=grammar_of(body.response_format, body.grammar, body.structured_outputs),
     )
     exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     chat = _Chat(exchange, wants_logprobs)

@@ -18,6 +18,7 @@ from isotherm.server.errors import bad_request
 from isotherm.server.gate import Scope
 from isotherm.server.openai_chat import failure, progress
 from isotherm.server.openai_fields import MIN_LOGPROB, SamplingFields, timings, usage
+from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
 from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
@@ -45,6 +46,9 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+    response_format: ResponseFormat | None = None  # vLLM's here
+    grammar: str | None = None  # GBNF, llama.cpp's
+    structured_outputs: StructuredOutputs | None = None
 
     def check(self) -> None:
         """Raises ApiError for what cannot be honoured."""
@@ -77,6 +81,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             body.n or 1,
             body.priority,
             body.return_progress,
+            grammar=grammar_of(body.response_format, body.grammar, body.structured_outputs),
         )
         for prompt in body.prompts()
     ]

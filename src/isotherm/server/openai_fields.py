@@ -3,11 +3,12 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from isotherm.answer import Answer
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.errors import bad_request
+from isotherm.server.fields import Strict
 from isotherm.text import TextGenerator
 from isotherm.types import SamplingParams
 
@@ -19,12 +20,6 @@ MAX_TOP_LOGPROBS = 20
 MIN_LOGPROB = -9999.0  # OpenAI's, of what cannot be; JSON has no infinity
 
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
-
-
-class Strict(BaseModel):
-    """A field that is not known is an error, and so is a value of another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):

@@ -73,6 +73,10 @@ class Tokenizer:
             ids.append(self.spec.eos_id)
         return ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of `text` that goes on after other text: no space is put before it, and no token is special."""
+        return self._model.encode(_without_surrogates(text))
+
     def decode(self, ids: Sequence[int], *, show_special: bool = False, continues: bool = False) -> str:
         """The text of `ids`, all at once; the options are those of Detokenizer."""
         detokenizer = Detokenizer(self, show_special=show_special, continues=continues)

@@ -1,0 +1,1 @@
+"""Which tokens may come next, where an answer must follow a grammar."""
