@@ -119,7 +119,7 @@ class Exchange:
         try:
             self._worker = await self._stack.enter_async_context(self._shelf.borrow(ask.model, ask.keep_alive_s))
             self._stack.enter_context(self._worker.place(ask.num_answers))
-            self.prompt_ids = await asyncio.to_thread(_prompt_ids, self._worker.model, ask.prompt)
+            self.prompt_ids = await asyncio.to_thread(prompt_ids, self._worker.model, ask.prompt)
             self._log.prompt_tokens = (self._log.prompt_tokens or 0) + len(self.prompt_ids)
             if self._logs_prompts:
                 self._log.prompt = self._worker.model.detokenize(self.prompt_ids)
@@ -197,7 +197,8 @@ class ClientLeft(Exception):
     """Nobody waits for this answer any more."""
 
 
-def _prompt_ids(model: TextGenerator, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+def prompt_ids(model: TextGenerator, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """What a model starts from, for a prompt as `Ask` has it."""
     if isinstance(prompt, str):
         return tuple(model.prompt_ids(prompt, raw=True))
     if prompt and isinstance(prompt[0], int):

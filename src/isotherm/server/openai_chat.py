@@ -14,14 +14,19 @@ from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request, openai_body
 from isotherm.server.fields import Strict
 from isotherm.server.openai_fields import (
+    HEAD,
+    LOGPROB,
     MAX_TOP_LOGPROBS,
+    TIMINGS,
+    USAGE,
     SamplingFields,
     logprob_entries,
     timings,
     usage,
 )
+from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
-from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
 from isotherm.text import Message
 
@@ -63,7 +68,13 @@ class ChatRequest(SamplingFields):
         return bool(self.logprobs)
 
 
-@router.post("/v1/chat/completions")
+_MESSAGE = {"role": str, "content": (str, None), "refusal": (str, None)}
+_LOGPROBS = {"content": [{**LOGPROB, "top_logprobs": [LOGPROB]}], "refusal": None}
+_CHOICE = {"index": int, "message": _MESSAGE, "logprobs": (_LOGPROBS, None), "finish_reason": str}
+_CHAT = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings": TIMINGS}
+
+
+@router.post("/v1/chat/completions", responses=document(_CHAT, stream=SSE))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation."""
     wants_logprobs = body.wants_logprobs

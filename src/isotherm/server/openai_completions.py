@@ -17,10 +17,11 @@ from isotherm.server.ask import Ask, Delta, Exchange, News, Outcome, Quiet
 from isotherm.server.errors import bad_request
 from isotherm.server.gate import Scope
 from isotherm.server.openai_chat import failure, progress
-from isotherm.server.openai_fields import MIN_LOGPROB, SamplingFields, timings, usage
+from isotherm.server.openai_fields import HEAD, MIN_LOGPROB, TIMINGS, USAGE, SamplingFields, timings, usage
+from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
 from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
 from isotherm.text import TextGenerator
 
@@ -67,7 +68,12 @@ class CompletionRequest(SamplingFields):
         return [one if isinstance(one, str) else tuple(one) for one in self.prompt]
 
 
-@router.post("/v1/completions")
+_LOGPROBS = {"tokens": [str], "token_logprobs": [float], "top_logprobs": [dict], "text_offset": [int]}
+_CHOICE = {"index": int, "text": str, "logprobs": (_LOGPROBS, None), "finish_reason": str}
+_COMPLETION = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings?": TIMINGS}
+
+
+@router.post("/v1/completions", responses=document(_COMPLETION, stream=SSE))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Goes on from one prompt or several; choice `i` of prompt `p` has the index `p * n + i`."""
     body.check()
