@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 import isotherm
 from isotherm.errors import IsothermError
-from isotherm.server import openai_chat, openai_completions, status, tokens
+from isotherm.server import openai_chat, openai_completions, openai_responses, status, tokens
 from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error, bad_request, error_body
 from isotherm.server.openapi import describe_errors
@@ -25,7 +25,7 @@ def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
     app = FastAPI(title="Isotherm", version=isotherm.__version__, docs_url=None, redoc_url=None)
     app.state.shelf = shelf
     app.state.sampling = sampling
-    for room in (openai_chat, openai_completions, tokens, status):
+    for room in (openai_chat, openai_completions, openai_responses, tokens, status):
         app.include_router(room.router)
     app.add_exception_handler(ClientLeft, _answer_nobody)
     for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
