@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from isotherm.cli.settings import (
     LOADING,
     SAMPLING,
+    SERVING,
     SETTINGS,
     Setting,
     Settings,
@@ -47,7 +48,8 @@ def test_every_setting_can_come_from_everywhere(
     name: str, monkeypatch: pytest.MonkeyPatch, write_config: WriteConfig
 ) -> None:
     setting = SETTINGS[name]
-    text = {"backend": "reference", "offline": "true", "ctx": "2", "kv": "q8_0"}.get(name, "1")
+    text = {"backend": "reference", "ctx": "2", "kv": "q8_0"}.get(name, "1")
+    text = "true" if setting.rule.kind is bool else text
     in_toml = f'"{text}"' if setting.rule.kind is str else text
     path = write_config(f"{name} = {in_toml}\n")
     from_file, *origin = _origin(name, {})
@@ -211,4 +213,4 @@ def test_table_agrees_with_the_loader() -> None:
     assert Settings().load_options == LoadOptions()
     assert SETTINGS["backend"].rule.choices == assemble.BACKENDS
     assert SETTINGS["kv"].rule.choices == assemble.KV_TYPES
-    assert set(LOADING) | set(SAMPLING) | {"max_tokens"} == set(SETTINGS)
+    assert set(LOADING) | set(SAMPLING) | set(SERVING) | {"max_tokens"} == set(SETTINGS)

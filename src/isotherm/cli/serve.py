@@ -60,7 +60,7 @@ def serve(
     def shelf() -> Shelf:
         return Shelf(load, slots, max_waiting=settings.max_waiting)
 
-    serve(shelf, named[0].name if named else None, binding, policy, settings.sampling)
+    serve(shelf, named[0].name if named else None, binding, policy, settings.sampling, has_page=settings.page)
 
 
 def _served_name(source: str) -> str:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 import isotherm
 from isotherm.errors import IsothermError
-from isotherm.server import openai_chat, openai_completions, openai_responses, status, tokens
+from isotherm.server import openai_chat, openai_completions, openai_responses, page, status, tokens
 from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error, bad_request, error_body
 from isotherm.server.openapi import describe_errors
@@ -20,13 +20,15 @@ _MAX_INPUT_CHARS = 200
 _CLIENT_LEFT = 499  # in the log alone, as nginx writes it
 
 
-def build_app(shelf: Shelf, sampling: SamplingParams) -> FastAPI:
-    """sampling: for what a request does not say."""
+def build_app(shelf: Shelf, sampling: SamplingParams, *, has_page: bool) -> FastAPI:
+    """sampling: for what a request does not say. has_page: whether `/` is the chat page."""
     app = FastAPI(title="Isotherm", version=isotherm.__version__, docs_url=None, redoc_url=None)
     app.state.shelf = shelf
     app.state.sampling = sampling
     for room in (openai_chat, openai_completions, openai_responses, tokens, status):
         app.include_router(room.router)
+    if has_page:
+        app.include_router(page.page_router())
     app.add_exception_handler(ClientLeft, _answer_nobody)
     for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -70,17 +70,24 @@ def _is_loopback(host: str) -> bool:
 
 
 def serve(
-    make_shelf: Callable[[], Shelf], first: str | None, binding: Binding, policy: Policy, sampling: SamplingParams
+    make_shelf: Callable[[], Shelf],
+    first: str | None,
+    binding: Binding,
+    policy: Policy,
+    sampling: SamplingParams,
+    *,
+    has_page: bool,
 ) -> None:
-    """Answers requests until a signal comes. first: the model that is loaded before the first request.
+    """Answers requests until a signal comes.
 
+    first: the model that is loaded before the first request. has_page: whether `/` is the chat page.
     Raises OptionError for an address that cannot be had, and what loading `first` raises.
     """
     binding.check(bool(policy.api_keys))
     listener = binding.open()
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(_Service(binding, policy, listener).run(make_shelf, first, sampling))
+            runner.run(_Service(binding, policy, listener).run(make_shelf, first, sampling, has_page))
     finally:
         listener.close()
 
@@ -102,9 +109,11 @@ class _Service:
         self._listener = listener
         self._num_signals = 0
 
-    async def run(self, make_shelf: Callable[[], Shelf], first: str | None, sampling: SamplingParams) -> None:
+    async def run(
+        self, make_shelf: Callable[[], Shelf], first: str | None, sampling: SamplingParams, has_page: bool
+    ) -> None:
         shelf = self._shelf = make_shelf()
-        gate = Gate(build_app(shelf, sampling), policy=self._policy, metrics=shelf.metrics)
+        gate = Gate(build_app(shelf, sampling, has_page=has_page), policy=self._policy, metrics=shelf.metrics)
         server = self._server = _Server(_config(gate, self._binding))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
