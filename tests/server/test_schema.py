@@ -1,7 +1,6 @@
 """Every address of /openapi.json, asked what the page allows and what it does not, by schemathesis."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,10 @@ from schemathesis import checks
 from serving import Serving
 from tiny_models import write_tiny
 
-from isotherm.types import QuantType
+import isotherm
+from isotherm.server.app import build_app
+from isotherm.server.shelf import Shelf
+from isotherm.types import QuantType, SamplingParams
 
 TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"""
 CHECKS = [
@@ -34,31 +36,27 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running.wait_healthy()
 
 
-@pytest.fixture
-def page(asked: Serving) -> Any:
-    schema = schemathesis.openapi.from_url(f"{asked.url}/openapi.json")
-
-    @schema.hook
-    def map_body(context: Any, body: Any) -> Any:
-        """A model that is here: what a stranger's name is answered is soon known."""
-        if isinstance(body, dict) and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
-            body["model"] = "tiny"
-        return body
-
-    return schema
+schema = schemathesis.openapi.from_dict(
+    build_app(Shelf(isotherm.load, (), max_waiting=0), SamplingParams(), has_page=False).openapi()
+)
 
 
-schema = schemathesis.pytest.from_fixture("page")
+@schema.hook
+def map_body(context: Any, body: Any) -> Any:
+    """A model that is here: what a stranger's name is answered is soon known."""
+    if isinstance(body, dict) and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
+        body["model"] = "tiny"
+    return body
 
 
 @schema.parametrize()
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_address(case: Any) -> None:
-    case.call_and_validate(checks=CHECKS, timeout=60)
+def test_every_address(case: Any, asked: Serving) -> None:
+    case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)
 
 
 @pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_address_at_length(case: Any) -> None:
-    case.call_and_validate(checks=CHECKS, timeout=60)
+def test_every_address_at_length(case: Any, asked: Serving) -> None:
+    case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)
