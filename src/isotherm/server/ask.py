@@ -145,7 +145,7 @@ class Exchange:
             self._stack.enter_context(self._worker.place(ask.num_answers))
             self._task = await asyncio.to_thread(_prepare, self._worker.model, ask)
             self.prompt_ids = self._task.prompt_ids
-            self._log.prompt_tokens = len(self.prompt_ids)
+            self._log.prompt_tokens = (self._log.prompt_tokens or 0) + len(self.prompt_ids)
             if self._logs_prompts:
                 self._log.prompt = self._worker.model.detokenize(self.prompt_ids)
             await self._start(0)
@@ -160,9 +160,11 @@ class Exchange:
         for reply in self._replies:
             reply.cancel()
         if answers := self.answers:
-            self._log.cached_tokens = max(answer.num_cached_tokens for answer in answers)
-            self._log.answer_tokens = sum(answer.num_tokens for answer in answers)
-        self._log.finish_reason = ", ".join(outcome.finish_reason or "cancelled" for outcome in self.outcomes)
+            cached = max(answer.num_cached_tokens for answer in answers)
+            self._log.cached_tokens = (self._log.cached_tokens or 0) + cached
+            self._log.answer_tokens = (self._log.answer_tokens or 0) + sum(answer.num_tokens for answer in answers)
+        ends = [outcome.finish_reason or "cancelled" for outcome in self.outcomes]
+        self._log.finish_reason = ", ".join(([self._log.finish_reason] if self._log.finish_reason else []) + ends)
         await self._stack.aclose()
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
@@ -252,10 +254,15 @@ def _prepare(model: TextGenerator, ask: Ask) -> _Task:
         tools = tuple(replace(tool, is_strict=True) for tool in tools)
     quiet = {"enable_thinking": False} if ask.grammar else {}
     prompt = dialogue.render(ask.prompt, tools, choice, {**quiet, **ask.variables})
-    prompt_ids = tuple(model.prompt_ids(prompt))
+    ids = tuple(model.prompt_ids(prompt))
     forced = dialogue.grammar(prompt.text, tools, choice, is_parallel=ask.is_parallel)
     if ask.grammar and forced:
         raise bad_request("a call of a tool and another form cannot both be required", "response_format")
     if ask.grammar:
-        return _Task(prompt_ids, ask.grammar)
-    return _Task(prompt_ids, forced, dialogue.shown_tokens, lambda: dialogue.parser(prompt.text, tools, choice))
+        return _Task(ids, ask.grammar)
+    return _Task(ids, forced, dialogue.shown_tokens, lambda: dialogue.parser(prompt.text, tools, choice))
+
+
+def prompt_ids(model: TextGenerator, prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]) -> tuple[int, ...]:
+    """What a model starts from, for a prompt as `Ask` has it."""
+    return _prepare(model, Ask("", prompt, SamplingParams())).prompt_ids

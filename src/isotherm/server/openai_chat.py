@@ -14,14 +14,19 @@ from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet
 from isotherm.server.errors import ApiError, bad_request, openai_body
 from isotherm.server.fields import Strict
 from isotherm.server.openai_fields import (
+    HEAD,
+    LOGPROB,
     MAX_TOP_LOGPROBS,
+    TIMINGS,
+    USAGE,
     SamplingFields,
     logprob_entries,
     timings,
     usage,
 )
+from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
-from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
 
 router = APIRouter()
@@ -68,7 +73,13 @@ class ChatRequest(SamplingFields):
         return {} if given is None else {"enable_thinking": given}
 
 
-@router.post("/v1/chat/completions")
+_MESSAGE = {"role": str, "content": (str, None), "refusal": (str, None)}
+_LOGPROBS = {"content": [{**LOGPROB, "top_logprobs": [LOGPROB]}], "refusal": None}
+_CHOICE = {"index": int, "message": _MESSAGE, "logprobs": (_LOGPROBS, None), "finish_reason": str}
+_CHAT = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings": TIMINGS}
+
+
+@router.post("/v1/chat/completions", responses=document(_CHAT, stream=SSE))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation."""
     wants_logprobs = body.wants_logprobs
@@ -93,7 +104,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     chat = _Chat(exchange, wants_logprobs)
     if body.stream:
         includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamedAnswer(exchange, chat.events(includes_usage), _failure)
+        return StreamedAnswer(exchange, chat.events(includes_usage), failure)
     try:
         with Watch(exchange, request.receive):
             return JSONResponse(await chat.whole())
@@ -101,7 +112,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         await exchange.__aexit__()
 
 
-def _failure(error: ApiError) -> bytes:
+def failure(error: ApiError) -> bytes:
     return event(openai_body(error))
 
 
