@@ -47,6 +47,7 @@ def serve(
         api_keys=(settings.api_key,) if settings.api_key else (),
         origins=tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip()),
         max_body_bytes=int(settings.max_body_mib * 2**20),
+        client_s=settings.client_s,
         log_json=settings.log_json,
         log_prompts=settings.log_prompts,
     )
