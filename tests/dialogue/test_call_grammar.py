@@ -137,6 +137,22 @@ def test_calls_of_gemma(tokenizer: Tokenizer, name: str, opener: str, closer: st
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", JSON_FORMATS)
+def test_one_call_at_most(tokenizer: Tokenizer, name: str) -> None:
+    tool_format = TOOL_FORMATS[name]
+    spelling = tool_format.spelling
+    writer = CallGrammar(tool_format, None, marker_ids(tokenizer))
+    source = writer.of_text_with_calls(TOOLS, is_parallel=False, is_reasoning=False).source
+    call = spelled_call(tool_format, "now", "{}")
+    one = spelling.first + call + spelling.last
+    assert is_allowed(tokenizer, source, one)
+    assert is_allowed(tokenizer, source, "Text.")
+    assert not is_allowed(tokenizer, source, spelling.first + call + spelling.between + call + spelling.last)
+    assert not is_allowed(tokenizer, source, f"{one} {one}")
+    assert not are_allowed(tokenizer, source, list(f"{one}\n{one}".encode()))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", JSON_FORMATS)
 @pytest.mark.parametrize("block", [None, THINK], ids=["plain", "reasoning"])
 def test_strict_tools_beside_text(tokenizer: Tokenizer, name: str, block: ReasoningBlock | None) -> None:
     tool_format = TOOL_FORMATS[name]

@@ -201,7 +201,8 @@ class Setting:
         if type(value) is not kind:
             raise self._refusal(value, source)
         if isinstance(value, str):
-            if self.rule.choices and value not in self.rule.choices:
+            is_odd = not value or value != value.strip() or (self.default is None and value.lower() == _NONE)
+            if is_odd or (self.rule.choices and value not in self.rule.choices):
                 raise self._refusal(value, source)
             return value
         assert isinstance(value, int | float)

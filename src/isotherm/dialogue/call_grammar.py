@@ -34,6 +34,7 @@ class CallGrammar:
 
     marker_ids: markers that are tokens of the vocabulary; such a one is what the model was trained to write. Where text
     ends in a marker it may be spelled out too, since whoever reads the answer sees no difference.
+
     A reasoning block may stand first, where the model has one; is_reasoning: the prompt has opened it. Arguments match
     their schema, but in Gemma's formats, which are no JSON: there the first names are the schema's, and values are any.
     """
@@ -67,8 +68,8 @@ class CallGrammar:
             rules += self._rules("bare", tools, _bare_before(self._spelling.before), "}", any_object=True)
         if opener is not None:
             group = self._group(is_parallel, opener)
-            again = f" (next {group})*" if is_parallel else ""
-            answers.append(f"first {group}{again} ANY_TEXT")
+            # where there may be no other call the answer ends: in text behind it one could begin
+            answers.append(f"first {group} (next {group})* ANY_TEXT" if is_parallel else f"first {group}")
             rules += self._text_up_to("first", opener, free) + self._text_up_to("next", opener, "ANY_TEXT")
             rules += self._call_rules(tools, opener, any_object=True)
         return self._grammar([f"answer: {' | '.join(answers)}", *rules], is_reasoning)

@@ -9,6 +9,7 @@ from isotherm.errors import (
     DownloadError,
     InsufficientMemory,
     IsothermError,
+    MessageError,
     ModelNotFound,
     OptionError,
     TemplateError,
@@ -48,6 +49,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, "exceed_context_size_error", str(error), "messages", code, sizes)
         case ModelNotFound() | DownloadError():
             return ApiError(404, "not_found_error", str(error), "model", "model_not_found")
+        case MessageError():
+            return bad_request(str(error), error.field)
         case OptionError() | TemplateError():
             return bad_request(str(error))
         case InsufficientMemory():

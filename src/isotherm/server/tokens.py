@@ -9,7 +9,6 @@ from pydantic import Discriminator, Field, Tag
 from isotherm.errors import ModelNotFound
 from isotherm.server.ask import prompt_ids
 from isotherm.server.fields import Strict
-from isotherm.server.openai_chat import ChatMessage
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
 from isotherm.text import TextGenerator
@@ -59,11 +58,11 @@ class TokenizePrompt(_ModelField):
 class TokenizeMessages(_ModelField):
     """vLLM's form for a conversation, which goes through the chat template as in /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     return_token_strs: bool = False
 
     def answer(self, model: TextGenerator) -> dict[str, Any]:
-        ids = prompt_ids(model, tuple(message.message() for message in self.messages))
+        ids = prompt_ids(model, tuple(self.messages))
         return _counted(model, list(ids), self.return_token_strs)
 
 
