@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from llama_material import chat_cases, llama_models
+
+__all__ = ["chat_cases", "llama_models"]
 
 
 def _shared() -> Path:

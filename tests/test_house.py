@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "probe": DATA | {"_native"},
     "formats": DATA | {"_native"},  # _native: loops over strings
     "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
+    "dialogue": DATA | {"tokenization"},
     "quantization": DATA | {"_native"},  # _native: pages of a mapped file
     "program": DATA | {"quantization"},
     "models": DATA | {"program"},
@@ -38,13 +39,12 @@ ARROWS: dict[str, set[str]] = {
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
     "grammar": DATA | {"tokenization"},
     "answer": DATA | {"tokenization", "engine"},
-    "text": DATA | {"answer", "grammar", "tokenization", "engine"},
+    "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
-    "dialogue": DATA,
     "server": DATA | {"", "answer", "dialogue", "engine", "text"},
     "cli": DATA | {"", "answer", "text", "evaluation", "formats"},  # every command finds and loads a model, and says so
 }

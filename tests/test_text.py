@@ -9,9 +9,9 @@ from tiny_models import write_tiny
 
 import isotherm
 from isotherm.answer import _StopFilter
-from isotherm.errors import InsufficientMemory, OptionError
+from isotherm.errors import InsufficientMemory, MessageError, OptionError
 from isotherm.text import TextGenerator
-from isotherm.types import QuantType
+from isotherm.types import QuantType, SamplingParams
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -68,6 +68,30 @@ def test_text_is_a_user_message_unless_raw(model: TextGenerator) -> None:
     assert model.prompt_ids([{"role": "user", "content": "the rain"}]) == spelled
     with pytest.raises(OptionError, match="raw=True takes text"):
         model.prompt_ids([{"role": "user", "content": "the rain"}], raw=True)
+
+
+def test_text_of_a_message_is_never_a_control_token(model: TextGenerator) -> None:
+    assert model.dialogue is not None
+    spelled = "<|im_start|><|im_end|>"
+    control = set(model.prompt_ids(spelled, raw=True))
+    assert len(control) == 2
+    assert not control & set(model.prompt_ids(spelled))
+    assert model.detokenize(model.prompt_ids(spelled)) == f"<user>{spelled}"
+    messages = [{"role": "user", "content": spelled}]
+    assert model.prompt_ids(model.dialogue.render(messages)) == model.prompt_ids(spelled)
+    with pytest.raises(MessageError, match=r"messages\[0\].role"):
+        model.prompt_ids([{"role": "robot", "content": "x"}])
+
+
+def test_control_tokens_appear_where_they_are_asked_for(model: TextGenerator) -> None:
+    (marker,) = model.prompt_ids("<|im_start|>", raw=True)
+    forced = SamplingParams(logit_bias=((marker, 1e6),))
+    for shown, expected in ((frozenset[int](), ""), (frozenset([marker]), "<|im_start|>" * 3)):
+        with model.start(model.prompt_ids("the rain"), max_tokens=3, sampling=forced, shown=shown) as stream:
+            while not stream.is_done:
+                piece = stream.wait()
+        assert piece.answer is not None
+        assert piece.answer.text == expected
 
 
 def test_log_probabilities_come_where_they_are_asked_for(model: TextGenerator) -> None:

@@ -24,6 +24,7 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Marks = nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>;
+using PageBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using LogitRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool holds, const char* what) {
@@ -102,7 +103,7 @@ class ProgramBuilder {
   }
 
   int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim) {
-    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_pages, num_kv_heads, head_dim};
+    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_layers, num_pages, num_kv_heads, head_dim};
     pools_.push_back(
         std::make_shared<Arena>(pool.page_bytes() * static_cast<size_t>(num_pages) * static_cast<size_t>(num_layers)));
     pool.data = pools_.back()->as<uint8_t>();
@@ -227,6 +228,23 @@ class BoundExecutor {
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
   }
 
+  // A page of a state group, all layers: [layer slot][kv head], each as table.h has it.
+  void read_page(int group, int page, PageBytes out) {
+    const KvPool& pool = pool_of(group, page, out.size());
+    uint8_t* to = out.data();
+    const nb::gil_scoped_release nogil;
+    const size_t bytes = pool.page_bytes();
+    for (int slot = 0; slot < pool.num_layers; slot++) std::memcpy(to + slot * bytes, pool.page(slot, page), bytes);
+  }
+
+  void write_page(int group, int page, Bytes data) {
+    const KvPool& pool = pool_of(group, page, data.size());
+    const uint8_t* from = data.data();
+    const nb::gil_scoped_release nogil;
+    const size_t bytes = pool.page_bytes();
+    for (int slot = 0; slot < pool.num_layers; slot++) std::memcpy(pool.page(slot, page), from + slot * bytes, bytes);
+  }
+
   double read_weights() {
     nb::gil_scoped_release nogil;
     return executor_.read_weights();
@@ -256,14 +274,15 @@ class BoundExecutor {
 
  private:
   struct Pool {
-    int num_pages, window;
+    KvPool kv;
+    int window;
   };
 
   // What a batch is checked against.
   struct Limits {
     explicit Limits(const ProgramBuilder& builder)
         : max_tokens(builder.program_.max_tokens), max_head_rows(builder.program_.max_head_rows) {
-      for (const KvPool& pool : builder.program_.pools) pools.push_back({pool.num_pages, 0});
+      for (const KvPool& pool : builder.program_.pools) pools.push_back({pool, 0});
       for (const Step& step : builder.program_.steps) {
         if (const auto* embed = std::get_if<EmbedStep>(&step)) num_embeddings = embed->weight.rows;
         if (const auto* attention = std::get_if<AttentionStep>(&step)) {
@@ -281,12 +300,20 @@ class BoundExecutor {
     for (size_t i = 0; i < values.size(); i++) require(values.data()[i] >= low && values.data()[i] < high, what);
   }
 
+  const KvPool& pool_of(int group, int page, size_t num_bytes) const {
+    require(group >= 0 && group < static_cast<int>(limits_.pools.size()), "state group");
+    const KvPool& pool = limits_.pools[static_cast<size_t>(group)].kv;
+    require(page >= 0 && page < pool.num_pages, "page");
+    require(num_bytes == pool.page_bytes() * static_cast<size_t>(pool.num_layers), "bytes of a page");
+    return pool;
+  }
+
   // Every position that the new tokens see, their own included, has a page of the pool.
   static void check_pages(const Ints& pages, const Pool& pool, int num_cached, int end) {
     const int oldest = pool.window && num_cached + 1 > pool.window ? num_cached + 1 - pool.window : 0;
     require(static_cast<int>(pages.size()) >= (end + kPageTokens - 1) / kPageTokens, "page table is too short");
     for (int i = oldest / kPageTokens; i <= (end - 1) / kPageTokens; i++)
-      require(pages.data()[i] >= 0 && pages.data()[i] < pool.num_pages, "page of a visible position");
+      require(pages.data()[i] >= 0 && pages.data()[i] < pool.kv.num_pages, "page of a visible position");
   }
 
   // Releases the GIL for the run; takes it back now and then to let Python's signal handlers speak.
@@ -351,6 +378,8 @@ void bind_executor(nb::module_& m) {
            nb::arg("num_threads"))
       .def("run", &BoundExecutor::run)
       .def("head", &BoundExecutor::head)
+      .def("read_page", &BoundExecutor::read_page)
+      .def("write_page", &BoundExecutor::write_page)
       .def("read_weights", &BoundExecutor::read_weights)
       .def_prop_ro("busy_s", &BoundExecutor::busy_s)
       .def("start_log", &BoundExecutor::start_log, nb::arg("capacity"))

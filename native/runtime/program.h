@@ -95,13 +95,14 @@ using Step = std::variant<EmbedStep, LinearStep, GluStep, AttentionStep, AddNorm
 struct KvPool {
   uint8_t* data;
   KvType type;
-  int num_pages, num_kv_heads, head_dim;
+  int num_layers, num_pages, num_kv_heads, head_dim;
 
   size_t head_bytes() const { return 2 * kv_half_bytes(type, head_dim); }
-  size_t page_bytes() const { return head_bytes() * num_kv_heads; }
-  uint8_t* head(int slot, int head) const {
-    return data + static_cast<size_t>(slot) * num_pages * page_bytes() + head * head_bytes();
+  size_t page_bytes() const { return head_bytes() * num_kv_heads; }  // of one layer
+  uint8_t* page(int slot, int page) const {
+    return data + (static_cast<size_t>(slot) * num_pages + page) * page_bytes();
   }
+  uint8_t* head(int slot, int head) const { return page(slot, 0) + head * head_bytes(); }
 };
 
 struct SequenceView {

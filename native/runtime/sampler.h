@@ -53,8 +53,8 @@ class Sampler {
   // Wall time inside `sample` so far.
   double busy_s() const { return busy_s_; }
 
-  // logits [vocab_size]; history [num_history], ids within the vocabulary; allowed [ceil(vocab_size / 32)], bit i % 32 of
-  // word i / 32 for token i, or null for all. Nothing: every token is banned.
+  // logits [vocab_size]; history [num_history], ids within the vocabulary; allowed [ceil(vocab_size / 32)], bit i % 32
+  // of word i / 32 for token i, or null for all. Nothing: every token is banned.
   std::optional<SampledToken> sample(const float* logits, const int32_t* history, size_t num_history, uint64_t position,
                                      uint64_t sequence, const uint32_t* allowed);
 

@@ -105,6 +105,10 @@ class Executor:
     def head(self, first: int, logits: NDArray[np.float32], /) -> bool:
         """Writes logits [count, vocab_size]."""
 
+    def read_page(self, group: int, page: int, out: NDArray[np.uint8], /) -> None:
+        """Writes the page's bytes, of all layers, into `out`. Raises ValueError for another length."""
+
+    def write_page(self, group: int, page: int, data: NDArray[np.uint8], /) -> None: ...
     def read_weights(self) -> float:
         """Reads what a token needs of the weights and computes nothing; seconds."""
 

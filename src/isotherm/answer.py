@@ -40,14 +40,22 @@ class Piece:
 class TextStream:
     """One answer on its way. Close it, finished or not. Not thread safe."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, stop: tuple[str, ...]) -> None:
-        """Raises ContextOverflow, OptionError."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        request: Request,
+        stop: tuple[str, ...],
+        *,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: control tokens that appear in the text. Raises ContextOverflow, OptionError."""
         self.facts = RunFacts()
         self.is_done = False
         self._engine = engine
         self._generation = engine.start(request, self.facts)
         self._chosen: list[SampledToken] = []
-        self._detokenizer = Detokenizer(tokenizer, continues=True)
+        self._detokenizer = Detokenizer(tokenizer, shown=shown, continues=True)
         self._text = _StopFilter(stop)
 
     def poll(self) -> Piece | None:

@@ -14,6 +14,7 @@ from isotherm.backends.cpu.packing import open_packed, pack_in_memory, packed_en
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine, EngineLimits
 from isotherm.engine.kv_pages import pages_for, pages_needed
+from isotherm.engine.kv_store import open_store
 from isotherm.errors import InsufficientMemory, OptionError
 from isotherm.facts import MemoryForecast, ModelFacts
 from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
@@ -110,9 +111,9 @@ class _Assembly:
             threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
         tokenizer = build_tokenizer(checkpoint.tokenizer)
-        engine = Engine(
-            compiled, lowered, EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._parallel)
-        )
+        store = open_store(self._options, checkpoint.identity, lowered, compiled, self._reporter.notice)
+        engine_limits = EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._parallel)
+        engine = Engine(compiled, lowered, engine_limits, store)
         facts = ModelFacts(
             name=name,
             path=checkpoint.path,

@@ -2,6 +2,7 @@
 
 IsothermError
 ├── OptionError            an option, argument or setting is wrong (also a ValueError)
+│   ├── MessageError       a message or tool of a chat is wrong; names the field
 │   └── GrammarError       a grammar is not valid, or asks for too much
 ├── ModelNotFound          no model goes by that name
 ├── DownloadError          a model could not be fetched
@@ -23,6 +24,17 @@ class IsothermError(Exception):
 
 class OptionError(IsothermError, ValueError):
     """An option, argument, environment variable or config value is wrong."""
+
+
+class MessageError(OptionError):
+    """A message, a tool or the choice of tools is wrong or asks for what is not supported.
+
+    field: where, as in "messages[2].tool_calls[0].function.arguments".
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
 
 
 class GrammarError(OptionError):

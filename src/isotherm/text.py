@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.answer import Answer, Piece, TextStream
+from isotherm.dialogue import Dialogue, Prompt
 from isotherm.engine.engine import Engine, EngineLoad
+from isotherm.engine.kv_store import StoreCounts
 from isotherm.engine.request import Constraint, Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
@@ -35,7 +37,7 @@ class TextGenerator:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, facts: ModelFacts) -> None:
         self._engine: Engine | None = engine
         self._tokenizer = tokenizer
-        self._template = template
+        self.dialogue = None if template is None else Dialogue(template, tokenizer)
         self.facts = facts
 
     @property
@@ -44,7 +46,7 @@ class TextGenerator:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self.dialogue is not None
 
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> Answer:
         """The whole answer at once; takes what `stream` takes and raises what it raises."""
@@ -69,8 +71,9 @@ class TextGenerator:
         max_tokens: None for as many as the context holds. stop: strings that end the answer and are not part of it.
         grammar: what the answer has to follow, up to a stop string. Fields of SamplingParams may be given by name;
         greedy by default.
-        Raises ContextOverflow, TemplateError, GrammarError, OptionError; TypeError for an option that does not exist.
-        Closing the iterator stops the answer, and so does Ctrl-C, as KeyboardInterrupt; the object stays usable.
+        Raises ContextOverflow, TemplateError, MessageError, GrammarError, OptionError; TypeError for an option that
+        does not exist. Closing the iterator stops the answer, and so does Ctrl-C, as KeyboardInterrupt; the object
+        stays usable.
         """
         params = replace(sampling or SamplingParams(), **sampling_fields)
         _check_answer_options(max_tokens, stop)
@@ -103,17 +106,19 @@ class TextGenerator:
         sampling: SamplingParams | None = None,
         sequence: int = 0,
         priority: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> TextStream:
         """An answer for who asks now and then how far it is (`poll`), while `step` computes all of them; to be closed.
 
         sequence: which of several answers to one prompt this is; they draw other random numbers from the same seed.
-        priority: higher goes first. The other arguments, and what is raised, are those of `stream`.
+        priority: higher goes first. shown: control tokens that appear in the text, as `dialogue.shown_tokens` for a
+        parser of answers. The other arguments, and what is raised, are those of `stream`.
         """
         params = sampling or SamplingParams()
         _check_answer_options(max_tokens, stop)
         request = Request(tuple(prompt_ids), max_tokens, params, self._tokenizer.end_ids, sequence, priority)
         request = replace(request, constraint=self._constraint(grammar))
-        return TextStream(self._open_engine(), self._tokenizer, request, tuple(stop))
+        return TextStream(self._open_engine(), self._tokenizer, request, tuple(stop), shown=shown)
 
     def step(self) -> bool:
         """Computes the next step of all answers that were started; False where there is none to compute."""
@@ -123,22 +128,32 @@ class TextGenerator:
         """How busy it is at this moment."""
         return self._open_engine().load()
 
-    def prompt_ids(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
-        """The token ids that a request for `prompt` starts from, chat template and BOS applied."""
-        if isinstance(prompt, str) and (raw or self._template is None):
+    def prompt_ids(self, prompt: str | Prompt | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """The token ids that a request for `prompt` starts from, chat template and BOS applied.
+
+        A Prompt is what `dialogue.render` made of messages.
+        """
+        if isinstance(prompt, Prompt):
             return self._encode_prompt(prompt)
-        if raw or self._template is None:
+        if isinstance(prompt, str) and (raw or self.dialogue is None):
+            return self._encode_prompt(Prompt(prompt))
+        if raw or self.dialogue is None:
             reason = "raw=True takes text" if raw else f"{self.facts.name} has no chat template; pass text"
             raise OptionError(f"messages need a chat template: {reason}")
         messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-        return self._encode_prompt(self._template.render(messages))
+        return self._encode_prompt(self.dialogue.render(messages))
 
-    def _encode_prompt(self, text: str) -> list[int]:
+    def _encode_prompt(self, prompt: Prompt) -> list[int]:
+        def encode(*, add_special: bool) -> list[int]:
+            return self._tokenizer.encode(
+                prompt.text, add_special=add_special, parse_special=True, literal_spans=prompt.literal_spans
+            )
+
         bos = self._tokenizer.bos_id
-        ids = self._tokenizer.encode(text, add_special=False, parse_special=True)
+        ids = encode(add_special=False)
         if bos is not None and ids[:1] == [bos]:  # a template that writes BOS itself must not get a second one
             return ids
-        ids = self._tokenizer.encode(text, add_special=True, parse_special=True)
+        ids = encode(add_special=True)
         if not ids:
             raise OptionError("the prompt is empty, and this model starts with no BOS token; pass some text")
         return ids
@@ -196,8 +211,15 @@ class TextGenerator:
         with self._open_engine().alone() as solo:
             return solo.record_decode(num_tokens, depth)
 
+    @property
+    def store_counts(self) -> StoreCounts | None:
+        """KV pages read from `kv_dir` and written there since loading; None where none is used."""
+        return self._open_engine().store_counts
+
     def close(self) -> None:
-        """Gives memory and threads back, once running answers have ended."""
+        """Gives memory and threads back, once running answers have ended; before that, KV pages go to `kv_dir`."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
         vars(self).pop("_grammars", None)
 

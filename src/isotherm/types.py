@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 
 class KvType(Enum):
@@ -192,3 +193,5 @@ class LoadOptions:
     kv: str = KvType.F16.value  # keys and values; "q8_0" takes half the memory
     parallel: int = 4  # answers that are computed together
     kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means
+    kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
+    kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

@@ -1,12 +1,16 @@
 """KV pages under random sequences, without a device: a dictionary of what each page was written with is the truth."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isotherm.engine.kv_pages import KvPages, PagePool, SequencePages, page_key, pages_for, pages_needed
+from isotherm.engine.kv_store import PageName
+from isotherm.engine.stored_pages import StoredPages
 from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateKind, StateSpec
 
@@ -48,6 +52,151 @@ def texts(num_tokens: int) -> st.SearchStrategy[list[int]]:
     return st.lists(run, min_size=1, max_size=5).map(
         lambda runs: [token for token, length in runs for _ in range(length)][:num_tokens]
     )
+
+
+@dataclass
+class Disk:
+    """In place of StoredPages: has what it kept, until it loses it; may turn out not to have what it said it has."""
+
+    device: "Device"
+    contents: dict[tuple[int, bytes], dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    damaged: set[bytes] = field(default_factory=set)
+    num_read: int = 0
+
+    def has(self, group: int, key: bytes) -> bool:
+        return (group, key) in self.contents
+
+    def read(self, name: PageName, page: int) -> bool:
+        content = self.contents[name.group, name.key]
+        if name.key in self.damaged:
+            del self.contents[name.group, name.key]
+            return False
+        for slot in range(PAGE_TOKENS):
+            self.device.slots[name.group, page, slot] = content[slot]
+        self.num_read += 1
+        return True
+
+    def keep(self, names: list[PageName]) -> None:
+        for name in names:
+            page = self.device.kv.pools[name.group].page_of(name.key)
+            if page is not None:
+                slots = {slot: self.device.slots[name.group, page, slot] for slot in range(PAGE_TOKENS)}
+                assert self.contents.setdefault((name.group, name.key), slots) == slots
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    actions=st.lists(st.tuples(texts(400), st.sampled_from(["", "restart", "damage", "lose", "hold"])), max_size=14),
+    hurries=st.booleans(),
+    data=st.data(),
+)
+def test_what_comes_from_disk_is_what_its_text_wrote(
+    window: int | None, actions: list[tuple[list[int], str]], hurries: bool, data: st.DataObject
+) -> None:
+    windows = (None, window)
+    states = tuple(state(size) for size in windows)
+    counts = tuple(pages_needed(spec, 512, BATCH) + 3 for spec in states)
+    device = Device(KvPages(states, counts, 512), windows)
+    disk = Disk(device)
+    device.kv = kv = KvPages(states, counts, 512, cast(StoredPages, disk))
+    held: SequencePages | None = None
+    for text, event in actions:
+        disk.damaged = set()
+        if event == "restart":
+            kv.forget()
+            device.slots.clear()
+            held = None
+        elif event in ("damage", "lose") and disk.contents:
+            chosen = data.draw(st.sets(st.sampled_from(sorted(disk.contents)), max_size=3))
+            if event == "damage":
+                disk.damaged = {key for _, key in chosen}
+            for each in chosen if event == "lose" else ():
+                del disk.contents[each]
+        for _ in range(100):  # whatever the limit, each call reads a page or ends it
+            before = disk.num_read
+            if kv.fetch(text, 0.0 if hurries else None):
+                break
+            assert disk.num_read == before + 1
+        else:
+            pytest.fail("fetches for ever")
+        sequence = kv.sequence()
+        num_found = sequence.find_prefix(text)
+        for start in range(num_found, len(text), BATCH):
+            chunk = text[start : start + BATCH]
+            if not sequence.reserve(len(chunk)):
+                break
+            device.compute(sequence, chunk)
+        if event == "hold" and held is None:
+            held = sequence
+        else:
+            sequence.release()
+    if held:
+        held.release()
+    assert [pool.num_available for pool in kv.pools] == list(counts)
+
+
+def with_disk(windows: tuple[int | None, ...], num_pages: int) -> tuple[Device, Disk]:
+    states, counts = tuple(state(size) for size in windows), (num_pages,) * len(windows)
+    device = Device(KvPages(states, counts, 512), windows)
+    disk = Disk(device)
+    device.kv = KvPages(states, counts, 512, cast(StoredPages, disk))
+    return device, disk
+
+
+def compute(device: Device, text: list[int], num_prompt: int) -> None:
+    sequence = device.kv.sequence()
+    for start in range(sequence.find_prefix(text[:num_prompt]), len(text), 80):
+        assert sequence.reserve(len(text[start : start + 80]))
+        device.compute(sequence, text[start : start + 80])
+    sequence.release()
+
+
+def found_on_disk(device: Device, text: list[int]) -> int:
+    assert device.kv.fetch(text, None)
+    sequence = device.kv.sequence()
+    num_found = sequence.find_prefix(text)
+    sequence.release()
+    return num_found
+
+
+def test_a_text_is_found_on_disk_after_a_restart() -> None:
+    device, disk = with_disk((None, 100), 16)
+    text = list(range(400))
+    compute(device, text, 200)
+    assert len([key for group, key in disk.contents if group == 0]) == 6
+    assert len([key for group, key in disk.contents if group == 1]) == 2 + 2  # what prompt and answer see at their ends
+    for after, expected in (([*text, 7], 384), ([*text[:250], 7], 192), ([*text[:330], 7], 192), ([7, *text], 0)):
+        device.kv.forget()
+        assert found_on_disk(device, after) == expected
+    device.kv.forget()
+    disk.num_read = 0
+    assert found_on_disk(device, text[:193]) == 192
+    assert disk.num_read == 3 + 2
+    device.kv.forget()
+    assert found_on_disk(device, text[:192]) == 0  # the last token is computed anew, and no window ends before it
+    assert disk.num_read == 5
+
+
+def test_where_a_page_of_a_window_is_damaged_the_next_shorter_prefix_counts() -> None:
+    device, disk = with_disk((None, 100), 16)
+    text = list(range(400))
+    compute(device, text, 200)
+    device.kv.forget()
+    disk.damaged = {[key for group, key in disk.contents if group == 1][-1]}
+    assert found_on_disk(device, text) == 192
+
+
+def test_what_memory_has_of_a_text_makes_no_room_for_the_rest_of_it() -> None:
+    device, disk = with_disk((None,), 6)
+    text, other = list(range(384)), list(range(1000, 1190))
+    compute(device, text, 384)
+    device.kv.forget()
+    assert found_on_disk(device, text[:193]) == 192
+    compute(device, other, 190)  # newer, and in three pages
+    disk.num_read = 0
+    assert found_on_disk(device, text) == 320
+    assert disk.num_read == 2
 
 
 @settings(max_examples=200, deadline=None)

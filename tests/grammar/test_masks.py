@@ -54,7 +54,7 @@ def gbnf(words: list[str]) -> str:
     return "root ::= " + " | ".join(" ".join(rf"[\u{ord(char):04x}]" for char in word) for word in words)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     words=st.lists(st.text('then ain"{é\\]-^/☃', min_size=1, max_size=6), min_size=1, max_size=5, unique=True),
     data=st.data(),

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.engine.kv_pages import KvPages
+from isotherm.engine.kv_store import U8, KvStore, PageName, StoreCounts
 from isotherm.engine.request import Generation, Request, RunFacts
 from isotherm.engine.sampling import SampledToken, Sampler, check_sampling
 from isotherm.engine.scheduler import Job, Scheduler, Share
 from isotherm.engine.solo import SoloSequence
+from isotherm.engine.stored_pages import StoredPages
 from isotherm.errors import ContextOverflow, OptionError
 from isotherm.program import batch as program_batch
 from isotherm.program.backend import CompiledProgram
@@ -25,6 +27,7 @@ F32 = NDArray[np.float32]
 
 _HEAD_ROWS = 32  # whose logits are asked for at once
 _LEAST_STALL_TOKENS = 16  # fewer of a prompt at once cost nearly as much
+_FLUSH_S = 10.0  # for which `close` waits for the disk
 _PACE_SHARE = 0.25  # how far one step moves what is believed of the next
 
 
@@ -56,12 +59,16 @@ class Engine:
     it, and Ctrl-C is raised where somebody waits.
     """
 
-    def __init__(self, compiled: CompiledProgram, program: Program, limits: EngineLimits) -> None:
+    def __init__(
+        self, compiled: CompiledProgram, program: Program, limits: EngineLimits, store: KvStore | None = None
+    ) -> None:
+        """store: of the identity of `program` on `compiled`."""
         self._compiled = compiled
         self._vocab_size = program.logits.width
         self._limits = limits
         self.context_tokens = limits.context_tokens
-        self._kv = KvPages(program.states, limits.num_pages, limits.context_tokens)
+        self._stored = StoredPages(store, compiled, self) if store else None
+        self._kv = KvPages(program.states, limits.num_pages, limits.context_tokens, self._stored)
         self._scheduler = Scheduler(
             self._kv,
             batch_tokens=limits.batch_tokens,
@@ -72,6 +79,7 @@ class Engine:
         # Guards what follows, and the scheduler. Reentrant: a generator may be finalised while its thread holds it.
         self._changed = threading.Condition(threading.RLock())
         self._stepping: int | None = None  # the thread that computes
+        self._is_alone = False  # it has all pages to itself, and takes them without the lock
         self._left: deque[Job] = deque()  # no longer wanted; anyone may add at any time, a finaliser too: no lock
 
     def start(self, request: Request, facts: RunFacts) -> Generation:
@@ -91,6 +99,8 @@ class Engine:
     def leave(self, generation: Generation) -> None:
         """It is wanted no longer, finished or not. The next step knows."""
         self._left.append(generation.job)
+        if self._stored:
+            self._stored.sequence_ended()
 
     def next_token(self, generation: Generation) -> SampledToken | None:
         """Computes steps until it has a token, or None at its end; raises what went wrong with it."""
@@ -107,9 +117,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         with self._changed:
-            if self._stepping is None:
-                with self._whole():
-                    self._remove_ended()
+            self.release_ended()
             usage = max((pool.usage for pool in self._kv.pools), default=0.0)
             running, waiting = len(self._scheduler.running()), len(self._scheduler.waiting())
             return EngineLoad(running, waiting, usage, self._scheduler.num_preemptions)
@@ -123,6 +131,7 @@ class Engine:
                     raise self._would_wait_for_itself()
                 self._changed.wait()
             self._stepping = threading.get_ident()
+            self._is_alone = True
         try:
             with self._whole():
                 self._remove_ended()
@@ -132,7 +141,7 @@ class Engine:
                 pages.release()
         finally:
             with self._changed, self._turn():
-                pass
+                self._is_alone = False
 
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""
@@ -150,6 +159,34 @@ class Engine:
                 num_tokens=num_tokens,
                 context_tokens=self.context_tokens,
             )
+
+    # --- pages on disk ----------------------------------------------------------------------------------------------
+
+    @property
+    def store_counts(self) -> StoreCounts | None:
+        """What was read from disk and written there; None where nothing is kept."""
+        return self._stored.counts if self._stored else None
+
+    def close(self) -> None:
+        """Waits until the pages of sequences that ended are on disk, but not for long. The engine stays usable."""
+        if self._stored:
+            self.release_ended()
+            self._stored.flush(_FLUSH_S)
+
+    def release_ended(self) -> None:
+        """Sequences that ended let go of their pages; while one thread computes, its next step sees to it."""
+        with self._changed:
+            if self._stepping is None:
+                with self._whole():
+                    self._remove_ended()
+
+    def copy_page(self, name: PageName) -> U8 | None:
+        """For who writes to disk: the page's bytes, or None. A step waits for one copy at most."""
+        with self._changed:
+            while self._is_alone:
+                self._changed.wait()
+            page = self._kv.pools[name.group].page_of(name.key)
+            return None if page is None else self._compiled.read_page(name.group, page)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -183,6 +220,7 @@ class Engine:
 
     def _step(self) -> bool:
         """Computes one step, if there is anything to. What is interrupted before its end never was."""
+        planned = time.perf_counter()
         with self._whole():
             self._remove_ended()
             self._scheduler.stall_tokens = self._stall_tokens()
@@ -206,7 +244,7 @@ class Engine:
         for share in shares:
             if share.is_last:
                 share.job.owner.choose(next(rows))
-        self._note(shares, decoding, time.perf_counter() - started)
+        self._note(shares, decoding, started - planned, time.perf_counter() - started)
         return True
 
     def _remove_ended(self) -> None:
@@ -237,18 +275,18 @@ class Engine:
             self._compiled.logits(first, min(_HEAD_ROWS, num_rows - first)) for first in range(0, num_rows, _HEAD_ROWS)
         ]
 
-    def _note(self, shares: list[Share], decoding: list[bool], step_s: float) -> None:
+    def _note(self, shares: list[Share], decoding: list[bool], plan_s: float, compute_s: float) -> None:
         for share, decodes in zip(shares, decoding, strict=True):
             facts: RunFacts = share.job.owner.facts
             facts.num_cached_tokens = share.job.num_found or 0
             if decodes:
-                facts.decode_s += step_s
+                facts.decode_s += plan_s + compute_s
             else:
-                facts.prefill_s += step_s
+                facts.prefill_s += plan_s + compute_s
                 facts.num_prefilled_tokens = len(share.pages.token_ids)
         num_tokens = sum(len(share.token_ids) for share in shares)
         if num_tokens - len(shares) >= _LEAST_STALL_TOKENS:  # a step of decode alone tells nothing of prompts
-            token_s = step_s / num_tokens
+            token_s = compute_s / num_tokens
             self._token_s += (token_s - self._token_s) * (_PACE_SHARE if self._token_s else 1.0)
 
     def _would_wait_for_itself(self) -> OptionError:

@@ -3,16 +3,20 @@
 A page that is full never changes again. It is published under a key that names its tokens and all tokens before it, so
 that any sequence that starts alike holds the same page. A page that nobody holds stays published until it is needed.
 The last page of a sequence that ended is not full: who goes on from there claims it, and writes on.
+Full pages of sequences that ended are kept on disk too, where a store is given.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
+from isotherm.engine.kv_store import PageName
+from isotherm.engine.stored_pages import StoredPages
 from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateSpec
 
@@ -30,6 +34,11 @@ def pages_needed(state: StateSpec, context_tokens: int, batch_tokens: int) -> in
         return pages_for(context_tokens)
     # A batch sees window - 1 positions before its first token; neither end need lie on a page's border.
     return min(pages_for(context_tokens), pages_for(state.window + batch_tokens) + 1)
+
+
+def oldest_visible(window: int | None, num_tokens: int) -> int:
+    """Index of the first page that the token after `num_tokens` sees."""
+    return 0 if window is None else max(0, num_tokens + 1 - window) // PAGE_TOKENS
 
 
 def page_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -73,6 +82,9 @@ class PagePool:
     def is_kept(self, key: bytes) -> bool:
         """Whether the page of `key` is there and nobody holds it: `claim` takes it out of `num_available`."""
         return self._page_of.get(key) in self._kept
+
+    def page_of(self, key: bytes) -> int | None:
+        return self._page_of.get(key)
 
     def share(self, key: bytes) -> int:
         """The page that was published under `key`, to read."""
@@ -120,12 +132,8 @@ class _Table:
     first: int = 0
     end: int = 0
 
-    def oldest_visible(self, num_tokens: int) -> int:
-        """Index of the first page that the token after `num_tokens` sees."""
-        return 0 if self.window is None else max(0, num_tokens + 1 - self.window) // PAGE_TOKENS
-
     def slide(self, num_tokens: int) -> None:
-        for index in range(self.first, min(self.end, self.oldest_visible(num_tokens))):
+        for index in range(self.first, min(self.end, oldest_visible(self.window, num_tokens))):
             self.release(index)
             self.first = index + 1
 
@@ -145,10 +153,17 @@ class _Tail:
 class KvPages:
     """All pages of a model, by state group, and what is known of the ends of past sequences."""
 
-    def __init__(self, states: tuple[StateSpec, ...], num_pages: tuple[int, ...], context_tokens: int) -> None:
+    def __init__(
+        self,
+        states: tuple[StateSpec, ...],
+        num_pages: tuple[int, ...],
+        context_tokens: int,
+        stored: StoredPages | None = None,
+    ) -> None:
         self._num_pages = num_pages
         self._windows = tuple(state.window for state in states)
         self._context_tokens = context_tokens
+        self._stored = stored
         self.forget()
 
     def forget(self) -> None:
@@ -181,6 +196,96 @@ class KvPages:
         if len(self._tails) > _MAX_TAILS:
             self._tails.popitem(last=False)
 
+    def longest_prefix(self, token_ids: Sequence[int], has: Callable[[int, bytes], bool]) -> list[bytes]:
+        """Keys of the most leading full pages after which each group has what the next token sees.
+
+        has: whether a state group has the page of a key.
+        """
+        keys: list[bytes] = []
+        whole = [group for group, window in enumerate(self._windows) if window is None]
+        for start in range(0, len(token_ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            key = page_key(keys[-1] if keys else _ROOT, token_ids[start : start + PAGE_TOKENS])
+            if not all(has(group, key) for group in whole):
+                break
+            keys.append(key)
+        sliding = [(group, window) for group, window in enumerate(self._windows) if window is not None]
+        num_pages = len(keys)
+        while not all(
+            has(group, key)
+            for group, window in sliding
+            for key in keys[oldest_visible(window, num_pages * PAGE_TOKENS) : num_pages]
+        ):
+            num_pages -= 1
+        return keys[:num_pages]
+
+    def _visible(self, keys: Sequence[bytes]) -> list[PageName]:
+        """What the token after these pages sees, of every group, by index."""
+        first = [oldest_visible(window, len(keys) * PAGE_TOKENS) for window in self._windows]
+        return [
+            PageName(group, key, index)
+            for index, key in enumerate(keys)
+            for group in range(len(first))
+            if index >= first[group]
+        ]
+
+    # --- pages on disk ----------------------------------------------------------------------------------------------
+
+    def keep_on_disk(self, keys: Sequence[bytes], num_prompt_pages: int) -> None:
+        """Of a sequence that ended: what the next one sees, whether it goes on from its end or from its prompt's."""
+        if self._stored:
+            names = {*self._visible(keys), *self._visible(keys[:num_prompt_pages])}
+            self._stored.keep(sorted(names, key=lambda name: (name.index, name.group)))
+
+    def fetch(self, token_ids: Sequence[int], limit_s: float | None) -> bool:
+        """Publishes what the disk has of the prefix that `find_prefix` looks for.
+
+        False: `limit_s` is over, and there may be more. One page is read whatever the limit.
+        """
+        if self._stored is None:
+            return True
+        stored, on_disk = self._stored, dict[tuple[int, bytes], bool]()
+
+        def has(group: int, key: bytes) -> bool:
+            if self.pools[group].has(key):
+                return True
+            if (group, key) not in on_disk:
+                on_disk[group, key] = stored.has(group, key)
+            return on_disk[group, key]
+
+        end_s = None if limit_s is None else time.monotonic() + limit_s
+        while True:
+            names = self._visible(self.longest_prefix(token_ids[: len(token_ids) - 1], has))
+            missing = [name for name in names if not self.pools[name.group].has(name.key)]
+            if not missing:
+                return True
+            # Those that are there are held meanwhile: `take` could give their memory to the others.
+            there = [name for name in names if self.pools[name.group].has(name.key)]
+            held = [(name, self.pools[name.group].share(name.key)) for name in there]
+            damaged = self._read(missing, held, end_s)
+            for name, page in sorted(held, key=lambda each: -each[0].index):
+                self.pools[name.group].release(page)
+            if damaged is None:
+                return end_s is None or time.monotonic() < end_s
+            on_disk[damaged.group, damaged.key] = False
+
+    def _read(
+        self, names: Iterable[PageName], held: list[tuple[PageName, int]], end_s: float | None
+    ) -> PageName | None:
+        """Reads these pages while there is memory and time for them; the one that the disk turns out not to have."""
+        assert self._stored is not None
+        for name in names:
+            pool = self.pools[name.group]
+            if not pool.num_available:
+                break
+            page = pool.take()
+            held.append((name, page))
+            if not self._stored.read(name, page):
+                return name
+            pool.publish(page, name.key)
+            if end_s is not None and time.monotonic() >= end_s:
+                break
+        return None
+
 
 class SequencePages:
     """One sequence's tokens whose keys and values are in pages, and the tables of those pages."""
@@ -190,6 +295,7 @@ class SequencePages:
         self._publishes = publishes
         self._tables = kv.tables()
         self._keys: list[bytes] = []  # of the full pages
+        self._num_prompt_pages = 0
         self.token_ids: list[int] = []
 
     @property
@@ -202,13 +308,14 @@ class SequencePages:
         The last of `token_ids` is never taken as computed: computing it gives the first logits.
         """
         assert not self.token_ids
-        keys = self._published(token_ids[: len(token_ids) - 1])
-        num_pages = next(n for n in range(len(keys), -1, -1) if self._has_visible(keys[:n]))
-        self._keys = keys[:num_pages]
-        self.token_ids = list(token_ids[: num_pages * PAGE_TOKENS])
+        keys = self._keys = self._kv.longest_prefix(
+            token_ids[: len(token_ids) - 1], lambda group, key: self._tables[group].pool.has(key)
+        )
+        self._num_prompt_pages = len(token_ids) // PAGE_TOKENS
+        self.token_ids = list(token_ids[: len(keys) * PAGE_TOKENS])
         for table in self._tables:
-            table.first, table.end = table.oldest_visible(len(self.token_ids)), num_pages
-            for index in range(table.first, num_pages):
+            table.first, table.end = oldest_visible(table.window, len(self.token_ids)), len(keys)
+            for index in range(table.first, len(keys)):
                 table.pages[index] = table.pool.share(keys[index])
         self._claim_tail(token_ids)
         return len(self.token_ids)
@@ -248,6 +355,7 @@ class SequencePages:
             for table in self._tables:
                 table.pool.publish(int(table.pages[num_full]), tail.key)
             self._kv.keep_tail(self._parent(), tail)
+        self._kv.keep_on_disk(self._keys, self._num_prompt_pages)
         for table in self._tables:
             for index in range(table.end - 1, table.first - 1, -1):
                 table.release(index)
@@ -256,25 +364,6 @@ class SequencePages:
 
     def _parent(self) -> bytes:
         return self._keys[-1] if self._keys else _ROOT
-
-    def _published(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Keys of the leading full pages that every group without a window has, and a group with one may have."""
-        keys: list[bytes] = []
-        whole = [table.pool for table in self._tables if table.window is None]
-        for start in range(0, len(token_ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
-            key = page_key(keys[-1] if keys else _ROOT, token_ids[start : start + PAGE_TOKENS])
-            if not all(pool.has(key) for pool in whole):
-                break
-            keys.append(key)
-        return keys
-
-    def _has_visible(self, keys: list[bytes]) -> bool:
-        """Whether each group has what the token after these pages sees."""
-        return all(
-            table.pool.has(key)
-            for table in self._tables
-            for key in keys[table.oldest_visible(len(keys) * PAGE_TOKENS) :]
-        )
 
     def _claim_tail(self, token_ids: Sequence[int]) -> None:
         start, limit = len(self.token_ids), len(token_ids) - 1

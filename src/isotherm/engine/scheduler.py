@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from isotherm.engine.kv_pages import KvPages, SequencePages
 
+_FETCH_S = 0.02  # for which one plan may read pages from the disk while others wait for it
+
 
 @dataclass(eq=False)
 class Job:
@@ -137,8 +139,11 @@ class Scheduler:
         return num_new
 
     def _admit(self, job: Job, left: int, shares: list[Share]) -> int:
+        token_ids = job.tokens[: job.num_tokens].tolist()
+        if not self._kv.fetch(token_ids, _FETCH_S if shares else None):
+            return 0  # the next plan reads on
         pages = self._kv.sequence()
-        num_found = pages.find_prefix(job.tokens[: job.num_tokens].tolist())
+        num_found = pages.find_prefix(token_ids)
         num_new = min(left, job.num_tokens - num_found)
         if not pages.reserve(num_new):
             pages.release()

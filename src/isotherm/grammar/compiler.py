@@ -27,14 +27,14 @@ _NUM_MASK_WORKERS = 2
 # Measured: up to 16 KiB for each of the definitions in a chain of $ref, of which the source limit allows 3700.
 _STACK_BYTES = 128 << 20
 _STARTING = threading.Lock()
-# A mask takes up to some 20 ms at these limits, the first one 100 ms, and a constraint 50 to 100 MB.
+# Of sources made to cost most, a mask takes some 20 ms, the first one 100 ms, and a constraint 50 to 100 MB.
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=250_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_items_in_row=2_000,
     max_lexer_states=50_000,
-    max_grammar_size=500_000,
+    max_grammar_size=100_000,
     verbose_errors=False,
 )
 # Small models like to go on with white space for ever.

@@ -1,6 +1,7 @@
 """What of a grammar's source is refused before anything is built from it. Sources come from strangers."""
 
 import json
+import re
 from typing import Any
 
 from isotherm.errors import GrammarError
@@ -8,9 +9,11 @@ from isotherm.types import Grammar
 
 KINDS = ("json_schema", "json_object", "regex", "lark", "gbnf")
 MAX_SCHEMA_BYTES = 128 << 10
-MAX_TEXT_BYTES = 32 << 10  # of a regular expression, Lark or GBNF
+MAX_TEXT_BYTES = 16 << 10  # of a regular expression, Lark or GBNF
 MAX_SCHEMA_NESTING = 100  # the library's parser ends at 128
 MAX_RULES = 500  # of Lark and GBNF: a chain of terminals costs more than its length
+# llguidance reads it as an attribute of a rule and leaves it to the caller.
+_TEMPERATURE = re.compile(r"(?m)^\s*[?!]?\w+\s*\[[^\]\n]*\btemperature\b")
 
 
 def check_source(grammar: Grammar) -> None:
@@ -30,6 +33,8 @@ def check_source(grammar: Grammar) -> None:
         raise GrammarError("json_object takes no source; a schema goes with json_schema")
     if grammar.kind == "json_schema":
         _check_schema(grammar.source)
+    if grammar.kind == "lark" and _TEMPERATURE.search(grammar.source):
+        raise GrammarError("the lark gives a rule a temperature, which is not supported; give one to the whole answer")
     if grammar.kind in ("lark", "gbnf"):
         _check_rules(grammar.source)
 
@@ -41,9 +46,9 @@ def _check_schema(source: str) -> None:
         raise GrammarError(f"the JSON schema is not JSON: {error}; correct it") from error
     except RecursionError as error:
         raise _too_deep() from error
-    if not isinstance(schema, dict | bool):
-        raise GrammarError(f"a JSON schema is an object, not {type(schema).__name__}; see json-schema's own guide")
-    if isinstance(schema, dict) and "x-guidance" in schema:
+    if not isinstance(schema, dict):
+        raise GrammarError(f"a JSON schema is an object, not {type(schema).__name__}; {{}} allows any value")
+    if "x-guidance" in schema:
         raise GrammarError("x-guidance in a JSON schema is not supported; remove it")
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_NESTING + 1):

@@ -40,6 +40,23 @@ class CompiledProgram(Protocol):
         """Logits [count, vocab_size] of the last batch's logit rows from `first` on."""
 
     @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Bytes of a KV page, by state group."""
+
+    @property
+    def page_layout(self) -> str:
+        """Names how the bytes of a page lie: between backends that give the same, pages can be exchanged."""
+
+    def read_page(self, group: int, page: int) -> NDArray[np.uint8]:
+        """A copy of one KV page of a state group, uint8 [page bytes]: layer after layer, each as the backend has it.
+
+        This and `write_page` may run beside a batch that does not write to the page.
+        """
+
+    def write_page(self, group: int, page: int, data: NDArray[np.uint8]) -> None:
+        """Fills a page with what `read_page` gave, in any process that runs the same Program."""
+
+    @property
     def busy_s(self) -> float:
         """Seconds spent computing since it was made."""
 

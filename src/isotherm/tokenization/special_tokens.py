@@ -1,9 +1,12 @@
 """Cuts text at the special tokens it spells out, before the rest is tokenized."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from isotherm.tokenization.vocabulary import Vocabulary
+
+_STAND_IN = "\ud800"
+_STAND_IN_PATTERN = re.compile(_STAND_IN)
 
 
 class SpecialTokenSplitter:
@@ -57,3 +60,32 @@ def _lengths_by_first(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         lengths.setdefault(text[0], set()).add(len(text))
     return {first: tuple(sorted(found)) for first, found in lengths.items()}
+
+
+def split_around(
+    splitter: SpecialTokenSplitter, text: str, literal_spans: Sequence[tuple[int, int]]
+) -> Iterable[str | int]:
+    """As `splitter.split`, but nothing is found in the spans. Lone surrogates become U+FFFD."""
+    if not literal_spans:
+        return splitter.split(without_surrogates(text))
+    # A lone surrogate stands for a span: no text that was freed of them has one, and no token.
+    pieces, literals, position = [], [], 0
+    for start, end in literal_spans:
+        pieces += [without_surrogates(text[position:start]), _STAND_IN]
+        literals.append(without_surrogates(text[start:end]))
+        position = end
+    pieces.append(without_surrogates(text[position:]))
+    waiting = iter(literals)
+    return [
+        fragment if isinstance(fragment, int) else _STAND_IN_PATTERN.sub(lambda _: next(waiting), fragment)
+        for fragment in splitter.split("".join(pieces))
+    ]
+
+
+def without_surrogates(text: str) -> str:
+    """Pairs become the character they mean, lone ones U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

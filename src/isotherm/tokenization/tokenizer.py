@@ -7,7 +7,7 @@ from typing import Protocol
 from isotherm.errors import OptionError, UnsupportedModel
 from isotherm.tokenization.byte_level_bpe import ByteLevelBpe
 from isotherm.tokenization.score_merges import ScoreMerges
-from isotherm.tokenization.special_tokens import SpecialTokenSplitter
+from isotherm.tokenization.special_tokens import SpecialTokenSplitter, split_around, without_surrogates
 from isotherm.tokenization.vocabulary import Vocabulary, read_vocabulary
 from isotherm.types import TokenizerSpec
 
@@ -53,16 +53,24 @@ class Tokenizer:
         self._literal_splitter = SpecialTokenSplitter(vocabulary, parse_special=False)
         self._special_splitter = SpecialTokenSplitter(vocabulary, parse_special=True)
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special: bool,
+        parse_special: bool,
+        literal_spans: Sequence[tuple[int, int]] = (),
+    ) -> list[int]:
         """Token ids of `text`.
 
         add_special: adds the bos and eos tokens the model asks for. parse_special: control tokens that `text` spells
-        out become those tokens; text of a user must not have that power. Lone surrogates count as U+FFFD.
+        out become those tokens; text of a user must not have that power. literal_spans: stretches of `text` (start,
+        end; rising) that have no special token in them, whatever they spell. Lone surrogates count as U+FFFD.
         """
         splitter = self._special_splitter if parse_special else self._literal_splitter
         ids = [self.spec.bos_id] if add_special and self.spec.add_bos and self.spec.bos_id is not None else []
         follows_special = True
-        for fragment in splitter.split(_without_surrogates(text)):
+        for fragment in split_around(splitter, text, literal_spans):
             if isinstance(fragment, int):
                 ids.append(fragment)
                 follows_special = True
@@ -73,9 +81,21 @@ class Tokenizer:
             ids.append(self.spec.eos_id)
         return ids
 
+    def cut_at_control(self, text: str) -> list[str | int]:
+        """`text` in order, cut where parse_special finds a control token, which stands as its id."""
+        fragments: list[str | int] = []
+        for fragment in self._special_splitter.split(without_surrogates(text)):
+            if isinstance(fragment, int) and fragment not in self._vocabulary.parsed_ids:
+                fragment = self._vocabulary.texts[fragment]
+            if isinstance(fragment, str) and fragments and isinstance(fragments[-1], str):
+                fragments[-1] += fragment
+            else:
+                fragments.append(fragment)
+        return fragments
+
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of `text` that goes on after other text: no space is put before it, and no token is special."""
-        return self._model.encode(_without_surrogates(text))
+        return self._model.encode(without_surrogates(text))
 
     def decode(self, ids: Sequence[int], *, show_special: bool = False, continues: bool = False) -> str:
         """The text of `ids`, all at once; the options are those of Detokenizer."""
@@ -96,18 +116,31 @@ class Tokenizer:
         """Whether `token` stands apart from the text around it."""
         return token in self._vocabulary.parsed_ids or token in self._vocabulary.literal_ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled `text`; None where there is none."""
+        token = self._vocabulary.index.find(text)
+        return token if token is not None and self.is_special(token) else None
+
 
 class Detokenizer:
     """Text from ids as they come, whole characters only; bytes that are no UTF-8 become U+FFFD.
 
     Undoes encode: where it puts a space before a stretch of text (SentencePiece), that space is dropped again.
-    show_special: control tokens appear as spelled. continues: the ids go on after some text, so that
-    a space before the first of them is meant.
+    show_special: control tokens appear as spelled; shown: only these do. continues: the ids go on after some text, so
+    that a space before the first of them is meant.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, show_special: bool = False, continues: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        show_special: bool = False,
+        shown: frozenset[int] = frozenset(),
+        continues: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._show_special = show_special
+        self._shown = shown
         self._drops_space = tokenizer.prefixes_space and not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -116,7 +149,7 @@ class Detokenizer:
         piece = self._tokenizer.token_bytes(token)
         if self._tokenizer.is_special(token):
             self._drops_space = self._tokenizer.prefixes_space
-            if self._tokenizer.is_hidden(token) and not self._show_special:
+            if self._tokenizer.is_hidden(token) and not self._show_special and token not in self._shown:
                 return ""
         elif self._drops_space:
             piece = piece.removeprefix(b" ")
@@ -126,11 +159,3 @@ class Detokenizer:
     def finish(self) -> str:
         """What is left of a character that never came to its end."""
         return self._decoder.decode(b"", final=True)
-
-
-def _without_surrogates(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
+_PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
 class CpuBackend:
@@ -76,6 +77,22 @@ class CompiledCpu:
         finished = self._executor.head(first, out)
         assert finished, "stopped, though nothing was raised"
         return out
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        return tuple(state.page_bytes for state in self._program.states)
+
+    @property
+    def page_layout(self) -> str:
+        return _PAGE_LAYOUT
+
+    def read_page(self, group: int, page: int) -> NDArray[np.uint8]:
+        data = np.empty(self._program.states[group].page_bytes, np.uint8)
+        self._executor.read_page(group, page, data)
+        return data
+
+    def write_page(self, group: int, page: int, data: NDArray[np.uint8]) -> None:
+        self._executor.write_page(group, page, data)
 
     @property
     def busy_s(self) -> float:

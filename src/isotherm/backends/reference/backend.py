@@ -23,6 +23,8 @@ from isotherm.types import Rope
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 
+_PAGE_LAYOUT = "float32 1"  # [layers, k or v, page positions, kv heads, head_dim]
+
 
 class ReferenceBackend:
     """Weights stay decoded in memory, 4 bytes an element: meant for tests and small models."""
@@ -89,6 +91,21 @@ class CompiledReference:
             self._step(op, values, batch)
         self.busy_s += time.perf_counter() - started
         return values[self._program.logits]
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        return tuple(kv[:, 0].nbytes for kv in self._kv)
+
+    @property
+    def page_layout(self) -> str:
+        return _PAGE_LAYOUT
+
+    def read_page(self, group: int, page: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._kv[group][:, page].tobytes(), np.uint8)
+
+    def write_page(self, group: int, page: int, data: NDArray[np.uint8]) -> None:
+        pages = self._kv[group]
+        pages[:, page] = data.view(np.float32).reshape(pages[:, page].shape)
 
     def read_weights_s(self) -> None:
         return None

@@ -12,6 +12,7 @@ from isotherm.types import KvType
 
 F32 = NDArray[np.float32]
 
+ARITHMETIC_VERSION = 1  # of this contract: a change that gives other bits makes the KV pages of all disks stale
 LANES = 16
 BLOCK_COLUMNS = 32  # columns that share one activation scale
 ATTENTION_BLOCK = 512  # positions of one softmax block
