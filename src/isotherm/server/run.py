@@ -15,6 +15,7 @@ import uvicorn
 
 from isotherm.errors import OptionError
 from isotherm.server.app import build_app
+from isotherm.server.connection import Connection
 from isotherm.server.errors import ApiError
 from isotherm.server.gate import Gate, Policy
 from isotherm.server.shelf import Shelf
@@ -168,6 +169,8 @@ def _config(gate: Gate, binding: Binding) -> uvicorn.Config:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     return uvicorn.Config(
         gate,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
