@@ -70,6 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
     "fastapi": {"server"},
     "starlette": {"server"},  # which fastapi is made of
     "pydantic": {"server"},
+    "pydantic_core": {"server"},  # which pydantic is made of
     "uvicorn": {"server"},
     "uvloop": {"server"},
     "prometheus_client": {"server"},

@@ -12,6 +12,7 @@ IsothermError
 ├── TemplateError          the model's chat template failed, or ran past its limits
 ├── ContextOverflow        the prompt and the answer do not fit the context
 ├── InsufficientMemory     the model, with its KV pages, does not fit this machine
+├── ServerError            no server runs where one was asked, or it failed
 └── UnsupportedCpu         the instruction set that was asked for is not to be had here
 
 A broken promise of the engine itself is an AssertionError, never one of these.
@@ -79,6 +80,10 @@ class ContextOverflow(IsothermError):
 
 class InsufficientMemory(IsothermError):
     """The forecast of weights, KV pages and work buffers does not fit; names each part in bytes."""
+
+
+class ServerError(IsothermError):
+    """No server of ours answers at the address, or it failed; names the address."""
 
 
 class UnsupportedCpu(IsothermError):

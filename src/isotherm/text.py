@@ -17,7 +17,7 @@ from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
 from isotherm.tokenization.chat import ChatTemplate
-from isotherm.tokenization.tokenizer import Tokenizer
+from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer
 from isotherm.types import Grammar, SamplingParams
 
 if TYPE_CHECKING:
@@ -158,16 +158,24 @@ class TextGenerator:
             raise OptionError("the prompt is empty, and this model starts with no BOS token; pass some text")
         return ids
 
-    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of `text`; add_special adds BOS (and EOS) where the model asks for it."""
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=True)
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        add_special: adds BOS (and EOS) where the model asks for it. parse_special: control tokens may be spelled out.
+        """
+        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text; a special token as it is spelled. Raises OptionError for no such token."""
         return self._tokenizer.token_bytes(token_id)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
+    def detokenize(self, token_ids: Sequence[int], *, show_special: bool = False) -> str:
+        """show_special: control tokens appear as spelled. Raises OptionError for no such token."""
+        return self._tokenizer.decode(token_ids, show_special=show_special)
+
+    def detokenizer(self) -> Detokenizer:
+        """For tokens of an answer, as they come."""
+        return Detokenizer(self._tokenizer, continues=True)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(token_ids), vocab_size] after each of the tokens. Raises ContextOverflow, OptionError."""

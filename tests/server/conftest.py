@@ -8,6 +8,8 @@ import pytest
 from serving import Serving
 from tiny_models import write_tiny
 
+import isotherm
+from isotherm.text import TextGenerator
 from isotherm.types import QuantType
 
 # Answers in words, whatever the weights: enough of a chat for shapes and counts.
@@ -31,3 +33,10 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 def client(server: Serving) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Path) -> Iterator[TextGenerator]:
+    """The model of `server`, without one: what answers are held against."""
+    with isotherm.load(tiny, cache_bytes=0) as loaded:
+        yield loaded

@@ -1,8 +1,6 @@
 """/v1/chat/completions, asked by the `openai` package; answers are held against the model itself."""
 
 import itertools
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,16 +8,9 @@ import openai
 import pytest
 from serving import Serving
 
-import isotherm
 from isotherm.text import TextGenerator
 
 MESSAGES: Any = [{"role": "system", "content": "the sea"}, {"role": "user", "content": "the rain in spain"}]
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Path) -> Iterator[TextGenerator]:
-    with isotherm.load(tiny, cache_bytes=0) as loaded:
-        yield loaded
 
 
 def test_an_answer_is_the_models(client: openai.OpenAI, model: TextGenerator) -> None:

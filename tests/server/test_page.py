@@ -83,7 +83,7 @@ def test_nothing_runs_but_what_is_in_the_page(page: httpx.Response) -> None:
 def test_no_page_where_none_is_wanted(tiny: Path, tmp_path: Path) -> None:
     with Serving([str(tiny), "--no-page"], tmp_path) as server:
         server.wait_healthy()
-        assert httpx.get(f"{server.url}/").status_code == 404
+        assert httpx.get(f"{server.url}/").text == "Isotherm is running"
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------

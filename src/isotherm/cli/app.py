@@ -16,11 +16,13 @@ from isotherm.cli.errors import DEBUG_VARIABLE, USAGE
 from isotherm.cli.flags import SETTINGS_NOTE
 from isotherm.cli.list_models import list_models
 from isotherm.cli.perplexity import perplexity
+from isotherm.cli.ps import ps
 from isotherm.cli.pull import pull
 from isotherm.cli.rm import rm
 from isotherm.cli.run import run
 from isotherm.cli.serve import serve
 from isotherm.cli.show import show
+from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
 from isotherm.cli.version import version_text
 
@@ -28,6 +30,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "chat": chat,
     "serve": serve,
+    "ps": ps,
+    "stop": stop,
     "pull": pull,
     "list": list_models,
     "show": show,

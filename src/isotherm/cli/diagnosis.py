@@ -24,7 +24,22 @@ from isotherm.probe import measure, physical_cores
 from isotherm.quantization.packed_cache import list_cache
 from isotherm.quantization.packed_file import CacheMiss, PackedFile
 
-DEPENDENCIES = ("huggingface-hub", "jinja2", "numpy", "psutil", "rich", "tokenizers", "typer")
+DEPENDENCIES = (
+    "fastapi",
+    "httptools",
+    "huggingface-hub",
+    "jinja2",
+    "llguidance",
+    "numpy",
+    "prometheus-client",
+    "psutil",
+    "pydantic",
+    "rich",
+    "tokenizers",
+    "typer",
+    "uvicorn",
+    "uvloop",
+)
 
 _LEAST_FREE_BYTES = 4 * 10**9  # on the disk of a cache: room for one usual model
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")

@@ -1,5 +1,6 @@
 """`isotherm serve [MODEL...]`: the HTTP server."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,9 +8,11 @@ import typer
 
 from isotherm.cli.console import TerminalReporter
 from isotherm.cli.flags import complete_model, takes
+from isotherm.cli.loading import path_on_disk
 from isotherm.cli.settings import LOADING, SAMPLING, SERVING, Settings
 
 if TYPE_CHECKING:
+    from isotherm.server.model_card import ModelCard
     from isotherm.text import TextGenerator
 
 
@@ -44,11 +47,14 @@ def serve(
         api_keys=(settings.api_key,) if settings.api_key else (),
         origins=tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip()),
         max_body_bytes=int(settings.max_body_mib * 2**20),
+        client_s=settings.client_s,
         log_json=settings.log_json,
         log_prompts=settings.log_prompts,
     )
-    named = [Slot(_served_name(name), name, FOREVER_S) for name in models or ()]
-    slots = named or [Slot(model.name, model.name, settings.keep_alive_s) for model in local_models()]
+    named = [Slot(_served_name(name), name, FOREVER_S, partial(_card, name)) for name in models or ()]
+    slots = named or [
+        Slot(model.name, model.name, settings.keep_alive_s, partial(_card, model.name)) for model in local_models()
+    ]
 
     def load(source: str) -> "TextGenerator":
         import isotherm
@@ -61,6 +67,23 @@ def serve(
         return Shelf(load, slots, max_waiting=settings.max_waiting)
 
     serve(shelf, named[0].name if named else None, binding, policy, settings.sampling, has_page=settings.page)
+
+
+def _card(source: str) -> "ModelCard":
+    from isotherm.formats.checkpoint import open_checkpoint
+    from isotherm.server.model_card import ModelCard
+
+    with open_checkpoint(path_on_disk(source)) as checkpoint:
+        return ModelCard(
+            family=checkpoint.config.family,
+            num_parameters=checkpoint.num_parameters,
+            quantization=checkpoint.quantization,
+            size_bytes=checkpoint.num_bytes,
+            digest=checkpoint.identity,
+            modified_at=checkpoint.path.stat().st_mtime,
+            chat_template=checkpoint.tokenizer.chat_template,
+            metadata=checkpoint.metadata,
+        )
 
 
 def _served_name(source: str) -> str:

@@ -125,6 +125,9 @@ class Settings:
         300.0, Rule(float, "SECONDS", "Unload a model that was not named this long after its last answer.", low=0.0)
     )
     shutdown_s: float = _setting(30.0, Rule(float, "SECONDS", "Time for running answers to end at the end.", low=0.0))
+    client_s: float = _setting(
+        60.0, Rule(float, "SECONDS", "Time for a client to send its request, or to take a part of an answer.", low=0.1)
+    )
     max_body_mib: float = _setting(8.0, Rule(float, "MIB", "Largest body of a request.", low=0.001, high=4096.0))
     page: bool = _setting(True, Rule(bool, "", "Serve a chat page at /."))
     log_json: bool = _setting(False, Rule(bool, "", "Log lines as JSON."))
@@ -198,7 +201,8 @@ class Setting:
         if type(value) is not kind:
             raise self._refusal(value, source)
         if isinstance(value, str):
-            if self.rule.choices and value not in self.rule.choices:
+            is_odd = not value or value != value.strip() or (self.default is None and value.lower() == _NONE)
+            if is_odd or (self.rule.choices and value not in self.rule.choices):
                 raise self._refusal(value, source)
             return value
         assert isinstance(value, int | float)
@@ -242,6 +246,7 @@ SERVING = (
     "kv_gib",
     "keep_alive_s",
     "shutdown_s",
+    "client_s",
     "max_body_mib",
     "page",
     "log_json",

@@ -146,6 +146,8 @@ class Engine:
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""
         check_sampling(request.sampling, self._vocab_size)
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
+            raise OptionError(f"token ids of the prompt must lie in 0..{self._vocab_size - 1}")
         self.check_room(len(request.prompt_ids) + 1, "the prompt and one token of an answer")
         room = self.context_tokens - len(request.prompt_ids)
         return room if request.max_tokens is None else min(room, request.max_tokens)

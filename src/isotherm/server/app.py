@@ -9,9 +9,20 @@ from starlette.exceptions import HTTPException
 
 import isotherm
 from isotherm.errors import IsothermError
-from isotherm.server import openai_chat, page, status
+from isotherm.server import (
+    anthropic,
+    ollama,
+    ollama_models,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    page,
+    status,
+    tokens,
+)
 from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error, bad_request, error_body
+from isotherm.server.openapi import describe_errors
 from isotherm.server.shelf import Shelf
 from isotherm.types import SamplingParams
 
@@ -24,13 +35,14 @@ def build_app(shelf: Shelf, sampling: SamplingParams, *, has_page: bool) -> Fast
     app = FastAPI(title="Isotherm", version=isotherm.__version__, docs_url=None, redoc_url=None)
     app.state.shelf = shelf
     app.state.sampling = sampling
-    for room in (openai_chat, status):
-        app.include_router(room.router)
     if has_page:
-        app.include_router(page.page_router())
+        app.include_router(page.page_router())  # before those who answer at / too
+    for room in (openai_chat, openai_completions, openai_responses, tokens, anthropic, ollama, ollama_models, status):
+        app.include_router(room.router)
     app.add_exception_handler(ClientLeft, _answer_nobody)
     for kind in (ApiError, IsothermError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
+    describe_errors(app)
     return app
 
 

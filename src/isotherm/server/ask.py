@@ -1,14 +1,25 @@
 """One request in the form that all APIs share: what is asked of a model, and how its answers come."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from isotherm.answer import Answer, Piece
-from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallStart
+from isotherm.dialogue import (
+    AnswerParser,
+    ChoiceMode,
+    Content,
+    Part,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+    read_tool_choice,
+    read_tools,
+)
 from isotherm.engine.sampling import SampledToken
+from isotherm.server.errors import bad_request
 from isotherm.server.gate import RequestLog, Scope
 from isotherm.server.shelf import Shelf
 from isotherm.server.worker import Progress, Reply, Update, Worker
@@ -22,7 +33,9 @@ _QUIET_S = 15.0  # without news a client is sent a sign of life
 class Ask:
     """What is asked of a model.
 
-    prompt: text as it is, token ids, or messages as OpenAI's API writes them. keep_alive_s: None for the server's own.
+    prompt: text as it is, token ids, or messages as OpenAI's API writes them. tools and tool_choice: likewise.
+    grammar: what the answer must match; it is content then, with no reasoning before it. variables: for the chat
+    template, as enable_thinking. keep_alive_s: None for the server's own.
     """
 
     model: str
@@ -34,7 +47,11 @@ class Ask:
     priority: int = 0
     wants_progress: bool = False
     keep_alive_s: float | None = None
-    grammar: Grammar | None = None  # what the answer must match
+    grammar: Grammar | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
+    is_parallel: bool = True  # several tool calls in one answer
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,8 @@ class Outcome:
     answer: Answer | None = None
     finish_reason: str | None = None
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta) -> Delta:
+        """Returns it, with a finish_reason where it is the last."""
         for part in delta.parts:
             match part:
                 case Content(text):
@@ -76,7 +94,12 @@ class Outcome:
                     self.calls.append(Call(name))
                 case ToolCallArguments(index, text):
                     self.calls[index].arguments += text
-        self.answer, self.finish_reason = delta.answer, delta.finish_reason
+        if delta.answer is None:
+            return delta
+        reason = delta.answer.finish_reason
+        self.answer = delta.answer
+        self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+        return replace(delta, finish_reason=self.finish_reason)
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,7 @@ class Exchange:
         self._stack = AsyncExitStack()
         self._inbox: asyncio.Queue[tuple[int, Update | Quiet]] = asyncio.Queue()
         self._replies: list[Reply] = []
+        self._parsers: list[AnswerParser | None] = []
         self._worker: Worker | None = None
         self._has_news = True
 
@@ -119,8 +143,9 @@ class Exchange:
         try:
             self._worker = await self._stack.enter_async_context(self._shelf.borrow(ask.model, ask.keep_alive_s))
             self._stack.enter_context(self._worker.place(ask.num_answers))
-            self.prompt_ids = await asyncio.to_thread(_prompt_ids, self._worker.model, ask.prompt)
-            self._log.prompt_tokens = len(self.prompt_ids)
+            self._task = await asyncio.to_thread(_prepare, self._worker.model, ask)
+            self.prompt_ids = self._task.prompt_ids
+            self._log.prompt_tokens = (self._log.prompt_tokens or 0) + len(self.prompt_ids)
             if self._logs_prompts:
                 self._log.prompt = self._worker.model.detokenize(self.prompt_ids)
             await self._start(0)
@@ -135,9 +160,11 @@ class Exchange:
         for reply in self._replies:
             reply.cancel()
         if answers := self.answers:
-            self._log.cached_tokens = max(answer.num_cached_tokens for answer in answers)
-            self._log.answer_tokens = sum(answer.num_tokens for answer in answers)
-        self._log.finish_reason = ", ".join(outcome.finish_reason or "cancelled" for outcome in self.outcomes)
+            cached = max(answer.num_cached_tokens for answer in answers)
+            self._log.cached_tokens = (self._log.cached_tokens or 0) + cached
+            self._log.answer_tokens = (self._log.answer_tokens or 0) + sum(answer.num_tokens for answer in answers)
+        ends = [outcome.finish_reason or "cancelled" for outcome in self.outcomes]
+        self._log.finish_reason = ", ".join(([self._log.finish_reason] if self._log.finish_reason else []) + ends)
         await self._stack.aclose()
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
@@ -153,13 +180,18 @@ class Exchange:
             if len(self._replies) < self.ask.num_answers:  # what the first has computed, the others share
                 for other in range(1, self.ask.num_answers):
                     await self._start(other)
-            delta = self._delta(update)
-            self.outcomes[index].add(delta)
-            yield index, delta
+            yield index, self.outcomes[index].add(self._delta(index, update))
 
-    def _delta(self, piece: Piece) -> Delta:
-        parts = (Content(piece.text),) if piece.text else ()
-        return Delta(parts, piece.tokens, piece.answer, piece.answer.finish_reason if piece.answer else None)
+    def _delta(self, index: int, piece: Piece) -> Delta:
+        parser = self._parsers[index]
+        parts: list[Part] = []
+        if parser is None:
+            parts += [Content(piece.text)] if piece.text else []
+        else:
+            parts += parser.push(piece.text)
+            if piece.answer:
+                parts += parser.finish()
+        return Delta(tuple(parts), piece.tokens, piece.answer)
 
     def cancel(self) -> None:
         """The client has left: `news` raises, and nothing more is computed."""
@@ -175,11 +207,13 @@ class Exchange:
             self.prompt_ids,
             max_tokens=ask.max_tokens,
             stop=ask.stop,
-            grammar=ask.grammar,
+            grammar=self._task.grammar,
             sampling=ask.sampling,
             sequence=index,
             priority=ask.priority,
+            shown=self._task.shown,
         )
+        self._parsers.append(self._task.new_parser())
         reply = Reply(index, stream, self._inbox, wants_progress=ask.wants_progress)
         self._replies.append(reply)
         self._worker.start(reply)
@@ -195,9 +229,40 @@ class ClientLeft(Exception):
     """Nobody waits for this answer any more."""
 
 
-def _prompt_ids(model: TextGenerator, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return tuple(model.prompt_ids(prompt, raw=True))
-    if prompt and isinstance(prompt[0], int):
-        return tuple(prompt)  # type: ignore[arg-type]
-    return tuple(model.prompt_ids(prompt))  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Task:
+    """An `Ask`, as the model takes it."""
+
+    prompt_ids: tuple[int, ...]
+    grammar: Grammar | None
+    shown: frozenset[int] = frozenset()
+    new_parser: Callable[[], AnswerParser | None] = lambda: None
+
+
+def _prepare(model: TextGenerator, ask: Ask) -> _Task:
+    """Raises every IsothermError that a prompt can have."""
+    if isinstance(ask.prompt, str):
+        return _Task(tuple(model.prompt_ids(ask.prompt, raw=True)), ask.grammar)
+    if ask.prompt and isinstance(ask.prompt[0], int):
+        return _Task(tuple(ask.prompt), ask.grammar)
+    dialogue = model.dialogue
+    if dialogue is None:
+        raise bad_request(f"{model.facts.name} has no chat template; ask it by /v1/completions", "messages")
+    tools = read_tools(ask.tools)
+    choice = read_tool_choice(ask.tool_choice, tools)
+    if not ask.is_parallel and choice.mode is ChoiceMode.AUTO:  # only a grammar can hold the model to one call
+        tools = tuple(replace(tool, is_strict=True) for tool in tools)
+    quiet = {"enable_thinking": False} if ask.grammar else {}
+    prompt = dialogue.render(ask.prompt, tools, choice, {**quiet, **ask.variables})
+    ids = tuple(model.prompt_ids(prompt))
+    forced = dialogue.grammar(prompt.text, tools, choice, is_parallel=ask.is_parallel)
+    if ask.grammar and forced:
+        raise bad_request("a call of a tool and another form cannot both be required", "response_format")
+    if ask.grammar:
+        return _Task(ids, ask.grammar)
+    return _Task(ids, forced, dialogue.shown_tokens, lambda: dialogue.parser(prompt.text, tools, choice))
+
+
+def prompt_ids(model: TextGenerator, prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]) -> tuple[int, ...]:
+    """What a model starts from, for a prompt as `Ask` has it."""
+    return _prepare(model, Ask("", prompt, SamplingParams())).prompt_ids

@@ -9,6 +9,7 @@ from isotherm.errors import (
     DownloadError,
     InsufficientMemory,
     IsothermError,
+    MessageError,
     ModelNotFound,
     OptionError,
     TemplateError,
@@ -48,6 +49,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, "exceed_context_size_error", str(error), "messages", code, sizes)
         case ModelNotFound() | DownloadError():
             return ApiError(404, "not_found_error", str(error), "model", "model_not_found")
+        case MessageError():
+            return bad_request(str(error), error.field)
         case OptionError() | TemplateError():
             return bad_request(str(error))
         case InsufficientMemory():
@@ -81,13 +84,23 @@ def ollama_body(error: ApiError) -> Body:
     return {"error": error.message}
 
 
-_SHAPES: tuple[tuple[str, Callable[[ApiError], Body]], ...] = (
-    ("/v1/messages", anthropic_body),
-    ("/api/", ollama_body),
+_ERROR = {"message": str, "type": str, "param": (str, None), "code": (str, None)}
+_OPENAI = (openai_body, {"error": {**_ERROR, "n_prompt_tokens?": int, "n_ctx?": int}})
+_OTHERS: tuple[tuple[str, tuple[Callable[[ApiError], Body], Body]], ...] = (
+    ("/v1/messages", (anthropic_body, {"type": str, "error": {"type": str, "message": str}})),
+    ("/api/", (ollama_body, {"error": str})),
 )
+
+
+def _form(path: str) -> tuple[Callable[[ApiError], Body], Body]:
+    return next((form for prefix, form in _OTHERS if path.startswith(prefix)), _OPENAI)
 
 
 def error_body(path: str, error: ApiError) -> Body:
     """The body of `error` for a request of `path`."""
-    shape = next((shape for prefix, shape in _SHAPES if path.startswith(prefix)), openai_body)
-    return shape(error)
+    return _form(path)[0](error)
+
+
+def error_shape(path: str) -> Body:
+    """What `error_body` gives, as a shape of `openapi`."""
+    return _form(path)[1]

@@ -23,8 +23,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LOG = logging.getLogger("isotherm.server")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _WITHOUT_KEY = ("/health", "/")  # and the page's own files, which hold nothing secret
-_BODY_S = 30.0  # for a client to send its whole body
-_SEND_S = 60.0  # for a client to take one part of an answer
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Policy:
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()  # of web pages elsewhere that may ask; "*": all of them
     max_body_bytes: int = 8 << 20
+    client_s: float = 60.0  # for a client to send its header, then its body, and to take each part of an answer
     log_json: bool = False
     log_prompts: bool = False
 
@@ -55,7 +54,8 @@ class RequestLog:
     prompt: str | None = field(default=None, repr=False)  # only where it is asked for
 
     def line(self) -> str:
-        parts = [f"{self.method} {self.path} {self.status} {self.seconds:.3f} s"]
+        path = json.dumps(self.path)[1:-1]  # %0a in it must not begin a line
+        parts = [f"{self.method} {path} {self.status} {self.seconds:.3f} s"]
         if self.model:
             parts.append(self.model)
         if self.prompt_tokens is not None:
@@ -90,7 +90,7 @@ class Gate:
         scope["isotherm.log_prompts"] = self._policy.log_prompts
         _take_as_json(scope)
         started_s = time.perf_counter()
-        response = _Response(send, log, self._cors(scope))
+        response = _Response(send, log, self._cors(scope), self._policy.client_s)
         try:
             self._admit(scope)
             if self._is_preflight(scope):
@@ -167,7 +167,7 @@ class Gate:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(_BODY_S):
+            async with asyncio.timeout(self._policy.client_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -178,7 +178,9 @@ class Gate:
                     if not message.get("more_body"):
                         break
         except TimeoutError:
-            raise ApiError(408, "invalid_request_error", f"the body took longer than {_BODY_S:g} s") from None
+            raise ApiError(
+                408, "invalid_request_error", f"the body took longer than {self._policy.client_s:g} s"
+            ) from None
         parts = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def rest() -> Message:
@@ -190,10 +192,11 @@ class Gate:
 class _Response:
     """Passes an answer on, and remembers how far it is."""
 
-    def __init__(self, send: Send, log: RequestLog, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, send: Send, log: RequestLog, headers: list[tuple[bytes, bytes]], client_s: float) -> None:
         self._send = send
         self._log = log
         self._headers = headers
+        self._client_s = client_s
         self._has_started = False
         self._has_ended = False
 
@@ -202,7 +205,7 @@ class _Response:
             self._has_started = True
             self._log.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._headers]
-        async with asyncio.timeout(_SEND_S):
+        async with asyncio.timeout(self._client_s):
             await self._send(message)
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body")
 

@@ -9,42 +9,46 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from isotherm.dialogue.parts import Content
-from isotherm.server.ask import Ask, Delta, Exchange, Quiet
+from isotherm.dialogue import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
+from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet
 from isotherm.server.errors import ApiError, bad_request, openai_body
 from isotherm.server.fields import Strict
 from isotherm.server.openai_fields import (
+    HEAD,
+    LOGPROB,
     MAX_TOP_LOGPROBS,
+    TIMINGS,
+    USAGE,
     SamplingFields,
     logprob_entries,
     timings,
     usage,
 )
+from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
-from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
 from isotherm.server.worker import Progress
-from isotherm.text import Message
 
 router = APIRouter()
 
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+_MAX_TOOLS = 128
 
 
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+class TemplateVariables(Strict):
+    """Names for the chat template that requests may set."""
 
-    def message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role="system" if self.role == "developer" else self.role, content=content)
+    enable_thinking: bool | None = None
 
 
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    """The body of a request; messages and tools are checked where they are read, by the room `dialogue`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none"] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -62,8 +66,20 @@ class ChatRequest(SamplingFields):
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         return bool(self.logprobs)
 
+    def variables(self) -> dict[str, Any]:
+        given = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+        if self.reasoning_effort == "none":
+            given = False
+        return {} if given is None else {"enable_thinking": given}
 
-@router.post("/v1/chat/completions")
+
+_MESSAGE = {"role": str, "content": (str, None), "refusal": (str, None)}
+_LOGPROBS = {"content": [{**LOGPROB, "top_logprobs": [LOGPROB]}], "refusal": None}
+_CHOICE = {"index": int, "message": _MESSAGE, "logprobs": (_LOGPROBS, None), "finish_reason": str}
+_CHAT = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings": TIMINGS}
+
+
+@router.post("/v1/chat/completions", responses=document(_CHAT, stream=SSE))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation."""
     wants_logprobs = body.wants_logprobs
@@ -71,7 +87,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         raise bad_request("give max_completion_tokens or max_tokens, not both", "max_tokens")
     ask = Ask(
         body.model,
-        tuple(message.message() for message in body.messages),
+        tuple(body.messages),
         body.sampling(request.app.state.sampling, body.top_logprobs or 0),
         body.max_completion_tokens or body.max_tokens,
         body.stops(),
@@ -79,12 +95,16 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         body.priority,
         body.return_progress,
         grammar=grammar_of(body.response_format, body.grammar, body.structured_outputs),
+        tools=tuple(body.tools or ()),
+        tool_choice=body.tool_choice,
+        is_parallel=body.parallel_tool_calls is not False,
+        variables=body.variables(),
     )
     exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     chat = _Chat(exchange, wants_logprobs)
     if body.stream:
         includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamedAnswer(exchange, chat.events(includes_usage), _failure)
+        return StreamedAnswer(exchange, chat.events(includes_usage), failure)
     try:
         with Watch(exchange, request.receive):
             return JSONResponse(await chat.whole())
@@ -92,7 +112,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         await exchange.__aexit__()
 
 
-def _failure(error: ApiError) -> bytes:
+def failure(error: ApiError) -> bytes:
     return event(openai_body(error))
 
 
@@ -116,7 +136,7 @@ class _Chat:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": outcome.content, "refusal": None},
+                "message": _message(outcome),
                 "logprobs": self._logprobs(answer.tokens),
                 "finish_reason": outcome.finish_reason,
             }
@@ -138,9 +158,11 @@ class _Chat:
                 case Progress():
                     yield event({**head, "choices": [], "prompt_progress": progress(news)})
                 case Delta():
-                    text = "".join(part.text for part in news.parts if isinstance(part, Content))
-                    if text or (self._wants_logprobs and news.tokens):
-                        yield _chunk(head, index, {"content": text}, self._logprobs(news.tokens))
+                    deltas = [_delta(part) for part in news.parts if not isinstance(part, ToolCallEnd)]
+                    if self._wants_logprobs and news.tokens:
+                        yield _chunk(head, index, deltas.pop(0) if deltas else {}, self._logprobs(news.tokens))
+                    for delta in deltas:
+                        yield _chunk(head, index, delta)
                     if news.answer:
                         more = {"timings": timings(news.answer)}
                         yield _chunk({**head, **more}, index, {}, None, news.finish_reason)
@@ -153,6 +175,36 @@ class _Chat:
         if not self._wants_logprobs:
             return None
         return {"content": logprob_entries(self._exchange.model, tokens), "refusal": None}
+
+
+def _message(outcome: Outcome) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": outcome.content, "refusal": None}
+    if outcome.reasoning:
+        message["reasoning_content"] = outcome.reasoning
+    if outcome.calls:
+        message["content"] = outcome.content or None
+        message["tool_calls"] = [
+            {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in outcome.calls
+        ]
+    return message
+
+
+def _delta(part: Content | Reasoning | ToolCallStart | ToolCallArguments) -> dict[str, Any]:
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case ToolCallStart(index, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": new_call_id(), "type": "function", "function": function}]}
+        case ToolCallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 def progress(news: Progress) -> dict[str, float]:

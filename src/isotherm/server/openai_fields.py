@@ -17,6 +17,25 @@ _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 4096
 _MAX_ANSWERS = 16
 MAX_TOP_LOGPROBS = 20
+# shapes, for the page
+HEAD = {"id": str, "object": str, "created": int, "model": str}
+LOGPROB = {"token": str, "logprob": float, "bytes": [int]}
+USAGE = {
+    "prompt_tokens": int,
+    "completion_tokens": int,
+    "total_tokens": int,
+    "prompt_tokens_details": {"cached_tokens": int},
+}
+TIMINGS = {
+    "cache_n": int,
+    "prompt_n": int,
+    "prompt_ms": float,
+    "prompt_per_second": float,
+    "predicted_n": int,
+    "predicted_ms": float,
+    "predicted_per_second": float,
+}
+MIN_LOGPROB = -9999.0  # OpenAI's, of what cannot be; JSON has no infinity
 
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 
@@ -112,4 +131,4 @@ def logprob_entries(model: TextGenerator, tokens: tuple[SampledToken, ...]) -> l
 
 def _entry(model: TextGenerator, token_id: int, logprob: float) -> dict[str, Any]:
     data = model.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}

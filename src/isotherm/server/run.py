@@ -16,7 +16,7 @@ import uvicorn
 
 from isotherm.errors import OptionError
 from isotherm.server.app import build_app
-from isotherm.server.connection import Connection
+from isotherm.server.connection import connections
 from isotherm.server.errors import ApiError
 from isotherm.server.gate import Gate, Policy
 from isotherm.server.shelf import Shelf
@@ -124,7 +124,7 @@ class _Service:
     ) -> None:
         shelf = self._shelf = make_shelf()
         gate = Gate(build_app(shelf, sampling, has_page=has_page), policy=self._policy, metrics=shelf.metrics)
-        server = self._server = _Server(_config(gate, self._binding))
+        server = self._server = _Server(_config(gate, self._binding, self._policy.client_s))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
@@ -174,11 +174,11 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
 
-def _config(gate: Gate, binding: Binding) -> uvicorn.Config:
+def _config(gate: Gate, binding: Binding, client_s: float) -> uvicorn.Config:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     return uvicorn.Config(
         gate,
-        http=Connection,
+        http=connections(client_s),
         ws="none",
         log_config=None,
         access_log=False,

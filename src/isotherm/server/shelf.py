@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from isotherm.errors import InsufficientMemory, ModelNotFound
 from isotherm.server.errors import ApiError
 from isotherm.server.metrics import Metrics
+from isotherm.server.model_card import ModelCard
 from isotherm.server.worker import Worker
 from isotherm.text import TextGenerator
 
@@ -23,18 +24,28 @@ class Slot:
     """One model that may be asked for.
 
     name: what clients call it. source: what `isotherm.load` takes. keep_alive_s: for which it stays without answers.
+    read_card: raises what opening the file raises.
     """
 
     name: str
     source: str
     keep_alive_s: float
+    read_card: Callable[[], ModelCard]
     worker: Worker | None = None
     num_users: int = 0
     used_at: float = 0.0  # seconds since the epoch
     unload_at: float = FOREVER_S
     created_s: int = field(default_factory=lambda: int(time.time()))
+    leaves_when_idle: bool = False
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+    _card: ModelCard | None = None
+
+    async def card(self) -> ModelCard:
+        """Read at the first question: a header takes a tenth of a second."""
+        if self._card is None:
+            self._card = await asyncio.to_thread(self.read_card)
+        return self._card
 
 
 class Shelf:
@@ -79,6 +90,13 @@ class Shelf:
             slot.num_users -= 1
             self._rest(slot, slot.keep_alive_s if keep_alive_s is None else keep_alive_s)
 
+    async def release(self, slot: Slot) -> None:
+        """Unloads it; where answers run, once they have ended."""
+        if slot.num_users:
+            slot.leaves_when_idle = True
+        else:
+            await self._unload_if_idle(slot)
+
     async def unload(self, slot: Slot) -> None:
         """Gives its memory back; answers that run end with an error."""
         if slot.timer:
@@ -106,6 +124,9 @@ class Shelf:
 
     def _rest(self, slot: Slot, keep_alive_s: float) -> None:
         """Nobody may be using it now: sets when it is unloaded."""
+        if slot.leaves_when_idle:
+            keep_alive_s = 0.0
+            slot.leaves_when_idle = slot.num_users > 0
         slot.used_at = time.time()
         if slot.timer:
             slot.timer.cancel()
@@ -113,20 +134,25 @@ class Shelf:
         slot.unload_at = slot.used_at + keep_alive_s
         if slot.num_users or slot.worker is None or keep_alive_s == FOREVER_S:
             return
-        loop = asyncio.get_running_loop()
-        slot.timer = loop.call_later(keep_alive_s, self._unload_if_idle, slot)
+        slot.timer = asyncio.get_running_loop().call_later(keep_alive_s, self._unload_if_idle, slot)
 
-    def _unload_if_idle(self, slot: Slot) -> None:
-        if slot.num_users == 0:
-            task = asyncio.get_running_loop().create_task(self.unload(slot))
-            self._unloading.add(task)
-            task.add_done_callback(self._unloading.discard)
+    def _unload_if_idle(self, slot: Slot) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._leave(slot))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+        return task
+
+    async def _leave(self, slot: Slot) -> None:
+        if slot.num_users == 0:  # nobody came since the task was made
+            await self.unload(slot)
 
     async def _load(self, slot: Slot) -> Worker:
         async with self._loading:
             while True:
                 if self._is_closing:
                     raise ApiError(503, "unavailable_error", "the server is shutting down")
+                if self._unloading:  # whose memory may be needed
+                    await asyncio.wait(self._unloading)
                 try:
                     model = await asyncio.to_thread(self._loader, slot.source)
                 except InsufficientMemory:

@@ -4,11 +4,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Response
 
-from isotherm.server.ask import ClientLeft, Exchange
+from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error
 from isotherm.server.gate import Receive, Scope, Send
 
@@ -26,10 +26,18 @@ def event(value: Any, name: str | None = None) -> bytes:
     return f"{head}data: {compact(value)}\n\n".encode()
 
 
+class Running(Protocol):
+    """An exchange that was entered, or several."""
+
+    def cancel(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
 class Watch:
     """Cancels an exchange when its client leaves. A context manager around the exchange's news."""
 
-    def __init__(self, exchange: Exchange, receive: Receive) -> None:
+    def __init__(self, exchange: Running, receive: Receive) -> None:
         self._exchange = exchange
         self._receive = receive
 
@@ -50,7 +58,7 @@ class StreamedAnswer(Response):
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Running,
         parts: AsyncIterator[bytes],
         failure: Callable[[ApiError], bytes],
         media_type: str = SSE,

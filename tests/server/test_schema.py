@@ -1,0 +1,62 @@
+"""Every address of /openapi.json, asked what the page allows and what it does not, by schemathesis."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis import checks
+from serving import Serving
+from tiny_models import write_tiny
+
+import isotherm
+from isotherm.server.app import build_app
+from isotherm.server.shelf import Shelf
+from isotherm.types import QuantType, SamplingParams
+
+TEMPLATE = """{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"""
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server whose answers are short: 96 tokens fill its context."""
+    folder = tmp_path_factory.mktemp("asked")
+    metadata = {"tokenizer.chat_template": TEMPLATE}
+    path = write_tiny(folder / "tiny.gguf", "llama", QuantType.Q4_0, metadata=metadata, context_tokens=96)
+    with Serving([str(path), "--threads", "1"], folder) as running:
+        yield running.wait_healthy()
+
+
+schema = schemathesis.openapi.from_dict(
+    build_app(Shelf(isotherm.load, (), max_waiting=0), SamplingParams(), has_page=False).openapi()
+)
+
+
+@schema.hook
+def map_body(context: Any, body: Any) -> Any:
+    """A model that is here: what a stranger's name is answered is soon known."""
+    if isinstance(body, dict) and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
+        body["model"] = "tiny"
+    return body
+
+
+@schema.parametrize()
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_address(case: Any, asked: Serving) -> None:
+    case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_address_at_length(case: Any, asked: Serving) -> None:
+    case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)
