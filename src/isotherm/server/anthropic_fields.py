@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import JsonObject, Strict
 from isotherm.server.openai_fields import Stop
 from isotherm.server.output_format import schema_grammar
 from isotherm.types import Grammar
@@ -44,7 +44,7 @@ class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)]
-    input: dict[str, Any]
+    input: JsonObject
     cache_control: CacheControl | None = None
 
 
@@ -70,24 +70,21 @@ class ToolResultBlock(Strict):
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
-AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
+UserBlocks = Annotated[
+    list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]],
+    Field(min_length=1),
+]
+AssistantBlocks = list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Annotated[
-        list[UserBlock],
-        BeforeValidator(_blocks, json_schema_input_type=str | list[UserBlock]),
-        Field(min_length=1),
-    ]
+    content: Annotated[UserBlocks, BeforeValidator(_blocks, json_schema_input_type=str | UserBlocks)]
 
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: Annotated[
-        list[AssistantBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[AssistantBlock])
-    ]
+    content: Annotated[AssistantBlocks, BeforeValidator(_blocks, json_schema_input_type=str | AssistantBlocks)]
 
 
 class SystemMessage(Strict):
@@ -100,7 +97,7 @@ Turn = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discrimin
 
 class ToolField(Strict):
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     description: str | None = None
     type: Literal["custom"] | None = None
     strict: bool | None = None
@@ -147,7 +144,7 @@ class Metadata(Strict):
 
 class SchemaFormat(Strict):
     type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
 
 
 class OutputConfig(Strict):
