@@ -23,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LOG = logging.getLogger("isotherm.server")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _WITHOUT_KEY = ("/health", "/")  # and the page's own files, which hold nothing secret
+_LOOKS = 4  # at a client that takes nothing, within its time
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Gate:
         _take_as_json(scope)
         started_s = time.perf_counter()
         response = _Response(send, log, self._cors(scope), self._policy.client_s)
+        response.watch()
         try:
             self._admit(scope)
             if self._is_preflight(scope):
@@ -106,6 +108,7 @@ class Gate:
             _LOG.exception("%s %s failed", log.method, log.path)
             await response.fail(scope["path"], api_error(error))
         finally:
+            response.end_watch()
             log.seconds = round(time.perf_counter() - started_s, 4)
             route = scope.get("route")
             self._metrics.request(getattr(route, "path", "other"), log.status)
@@ -199,14 +202,35 @@ class _Response:
         self._client_s = client_s
         self._has_started = False
         self._has_ended = False
+        self._sending_since_s: float | None = None
+        self._is_taken_too_slowly = False
+        self._task = asyncio.current_task()
+
+    def watch(self) -> None:
+        """Looks now and then whether the client takes what it is sent: cheaper than a time limit for every part."""
+        since_s = self._sending_since_s
+        if since_s is not None and time.monotonic() - since_s > self._client_s and self._task:
+            self._is_taken_too_slowly = True
+            self._task.cancel()
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._client_s / _LOOKS, self.watch)
+
+    def end_watch(self) -> None:
+        self._timer.cancel()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_started = True
             self._log.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._headers]
-        async with asyncio.timeout(self._client_s):
+        self._sending_since_s = time.monotonic()
+        try:
             await self._send(message)
+        except asyncio.CancelledError:
+            if self._is_taken_too_slowly:
+                raise TimeoutError from None
+            raise
+        self._sending_since_s = None
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body")
 
     async def answer(self, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
