@@ -20,7 +20,8 @@ from isotherm.dialogue import (
 )
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.errors import bad_request
-from isotherm.server.gate import RequestLog, Scope
+from isotherm.server.gate import Scope
+from isotherm.server.logs import RequestLog
 from isotherm.server.shelf import Shelf
 from isotherm.server.worker import Inbox, Progress, Reply, Worker
 from isotherm.text import TextGenerator

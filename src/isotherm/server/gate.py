@@ -4,14 +4,14 @@ import asyncio
 import hmac
 import json
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from isotherm.server.errors import ApiError, api_error, error_body
+from isotherm.server.logs import RequestLog
 from isotherm.server.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -34,44 +34,7 @@ class Policy:
     origins: tuple[str, ...] = ()  # of web pages elsewhere that may ask; "*": all of them
     max_body_bytes: int = 8 << 20
     client_s: float = 60.0  # for a client to send its header, then its body, and to take each part of an answer
-    log_json: bool = False
     log_prompts: bool = False
-
-
-@dataclass
-class RequestLog:
-    """What the log says of one request; the handlers fill in what they know."""
-
-    method: str
-    path: str
-    status: int = 0
-    seconds: float = 0.0
-    model: str | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    answer_tokens: int | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-    prompt: str | None = field(default=None, repr=False)  # only where it is asked for
-
-    def line(self) -> str:
-        path = json.dumps(self.path)[1:-1]  # %0a in it must not begin a line
-        parts = [f"{self.method} {path} {self.status} {self.seconds:.3f} s"]
-        if self.model:
-            parts.append(self.model)
-        if self.prompt_tokens is not None:
-            parts.append(f"prompt {self.prompt_tokens} ({self.cached_tokens or 0} cached)")
-        if self.finish_reason is not None:
-            parts.append(f"answer {self.answer_tokens or 0} ({self.finish_reason})")
-        if self.error:
-            parts.append(f"error: {self.error}")
-        if self.prompt is not None:
-            parts.append(json.dumps(self.prompt, ensure_ascii=False))
-        return "  ".join(parts)
-
-    def json_line(self) -> str:
-        known = {key: value for key, value in asdict(self).items() if value is not None}
-        return json.dumps({"time": time.time(), **known}, ensure_ascii=False)
 
 
 class Gate:
@@ -112,7 +75,7 @@ class Gate:
             log.seconds = round(time.perf_counter() - started_s, 4)
             route = scope.get("route")
             self._metrics.request(getattr(route, "path", "other"), log.status)
-            print(log.json_line() if self._policy.log_json else log.line(), file=sys.stderr, flush=True)
+            _LOG.info("", extra={"request": log})
 
     def _admit(self, scope: Scope) -> None:
         """Raises ApiError for a request that may not ask at all."""
