@@ -264,6 +264,6 @@ def _prepare(model: TextGenerator, ask: Ask) -> _Task:
     return _Task(ids, forced, dialogue.shown_tokens, lambda: dialogue.parser(prompt.text, tools, choice))
 
 
-def prompt_ids(model: TextGenerator, prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]) -> tuple[int, ...]:
-    """What a model starts from, for a prompt as `Ask` has it."""
-    return _prepare(model, Ask("", prompt, SamplingParams())).prompt_ids
+def prompt_ids(model: TextGenerator, ask: Ask) -> tuple[int, ...]:
+    """What a model starts from. Raises every IsothermError that a prompt can have."""
+    return _prepare(model, ask).prompt_ids
