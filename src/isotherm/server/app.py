@@ -1,10 +1,11 @@
 """The application: routes, and the shapes of errors."""
 
+import json
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import isotherm
@@ -26,7 +27,8 @@ from isotherm.server.openapi import describe_errors
 from isotherm.server.shelf import Shelf
 from isotherm.types import SamplingParams
 
-_MAX_INPUT_CHARS = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 3, 200
 _CLIENT_LEFT = 499  # in the log alone, as nginx writes it
 
 
@@ -54,7 +56,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     described = _described(error)
     request.scope["isotherm.log"].error = described.message
     body = error_body(request.url.path, described)
-    return JSONResponse(body, described.status, dict(described.headers))
+    # what a request spelled may be quoted, lone surrogates too, which have no UTF-8: ASCII has escapes for them
+    return Response(json.dumps(body), described.status, dict(described.headers), "application/json")
 
 
 def _described(error: Exception) -> ApiError:
@@ -75,6 +78,5 @@ def _invalid(first: dict[str, Any]) -> ApiError:
         return bad_request(f"the body is no JSON: {first['ctx']['error']} at {where}")
     if first["type"] == "extra_forbidden":
         return bad_request(f"{where}: this field is not known here, and is not ignored; leave it out", where)
-    given = repr(first.get("input"))
-    given = given if len(given) <= _MAX_INPUT_CHARS else f"{given[:_MAX_INPUT_CHARS]}..."
+    given = _SHORT.repr(first.get("input"))
     return bad_request(f"{where or 'body'}: {first['msg']}; given: {given}", where or None)

@@ -221,7 +221,7 @@ class _Response:
         if self._has_started:
             raise error
         extra = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
-        body = json.dumps(error_body(path, error), ensure_ascii=False).encode()
+        body = json.dumps(error_body(path, error)).encode()
         await self.answer(error.status, body, ((b"content-type", b"application/json"), *extra))
 
 

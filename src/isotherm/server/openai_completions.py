@@ -41,6 +41,8 @@ Prompts = (
 
 
 class CompletionRequest(SamplingFields):
+    """The body of /v1/completions."""
+
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None

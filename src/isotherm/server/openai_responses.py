@@ -13,7 +13,7 @@ from pydantic import Field
 from isotherm.answer import Answer
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import JsonObject, Strict
 from isotherm.server.openai_fields import MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
 from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
@@ -33,7 +33,7 @@ class SchemaFormat(Strict):
 
     type: Literal["json_schema"]
     name: str
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None
 
@@ -55,7 +55,7 @@ class FunctionTool(Strict):
     type: Literal["function"]
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     def as_in_chat(self) -> dict[str, Any]:
@@ -76,6 +76,8 @@ Label = Annotated[str, Field(max_length=_LABEL_CHARS)]
 
 
 class ResponsesRequest(Strict):
+    """The body of /v1/responses. Fields that may only be null or false are those of a server with a memory."""
+
     model: Annotated[str, Field(min_length=1, max_length=512)]
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import JsonObject, Strict
 from isotherm.types import Grammar
 
 _MAX_CHOICES = 1000
@@ -26,7 +26,7 @@ class NamedSchema(Strict):
 
     name: str
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -41,7 +41,7 @@ ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discrim
 class StructuredOutputs(Strict):
     """vLLM's: one of them."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[JsonObject | str | None, Field(alias="json")] = None
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     grammar: str | None = None  # Lark
