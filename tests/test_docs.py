@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer
+from server.serving import Serving
 from tiny_models import FAMILIES, write_tiny
 
 import isotherm
@@ -33,6 +36,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
 )
+# Where examples find the server.
+SERVER = "http://localhost:8080"
 # What an example may take for granted: a text to score.
 TEXT = "The other hand is on the door and there is nothing in it. " * 60
 
@@ -168,15 +173,37 @@ def load_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chat_model: Path)
     return load_instead
 
 
+@pytest.fixture(scope="session")
+def served(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server that has the tiny model as smollm2."""
+    home = tmp_path_factory.mktemp("served")
+    model = home / "smollm2.gguf"
+    model.hardlink_to(chat_model)
+    with Serving([str(model), "--threads", "1"], home) as server:
+        yield server.wait_healthy().url
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 @pytest.mark.usefixtures("load_tiny")
-def test_python_examples_run(page: Path) -> None:
+def test_python_examples_run(page: Path, served: str) -> None:
     """Those of a page one after the other, as a reader would type them in."""
     names: dict[str, Any] = {"text": TEXT}
     for block in fenced_blocks(page):
         if block.language == "python":
-            tree = ast.parse(block.content, filename=str(page))
+            tree = ast.parse(block.content.replace(SERVER, served), filename=str(page))
             exec(compile(ast.increment_lineno(tree, block.line - 1), str(page), "exec"), names)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_curl_examples_are_answered(page: Path, served: str) -> None:
+    for block in fenced_blocks(page):
+        if block.language == "sh" and block.content.startswith("curl ") and SERVER in block.content:
+            script = block.content.replace(SERVER, served)
+            script = 'set -e; curl() { command curl --fail-with-body --silent --show-error "$@"; }\n' + script
+            run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+            assert run.returncode == 0, f"{page.name}:{block.line}: {run.stdout}{run.stderr}"
+            assert run.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -197,6 +224,15 @@ def test_commands_in_prose_exist(page: Path) -> None:
         command, rest = find_command([word for word in words if word not in ("…", "...", "COMMAND")])
         for word in rest:
             assert not word.startswith("-") or word in flags_of(command), f"{page.name}: isotherm{quoted}: {word}"
+
+
+def test_our_flags_beside_those_of_others_exist() -> None:
+    app: Any = typer.main.get_command(build_app())
+    flags = {flag for name in app.commands for flag in flags_of(app.commands[name])}
+    rows = table_rows(DOCS / "from-ollama-and-llama.cpp.md", "llama-server")
+    ours = {flag for cells in rows.values() for flag in re.findall(r"--[a-z-]+", cells[-1])}
+    assert len(ours) > 15
+    assert ours <= flags
 
 
 def test_a_wrong_line_is_found() -> None:
@@ -244,7 +280,7 @@ def test_readme_names_every_command() -> None:
 
 
 def test_index_lists_every_page() -> None:
-    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    linked = set(re.findall(r"\]\((\w[\w.-]*\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
 
 
@@ -289,7 +325,7 @@ def test_licences_and_changelog_are_complete() -> None:
     third_party = (ROOT / "THIRD_PARTY_LICENSES.md").read_text(encoding="utf-8")
     for requirement in needed:
         name = re.split(r"[<>=~!\[; ]", requirement)[0]
-        assert re.search(rf"(?m)(^\| |[ (]){re.escape(name)}\b", third_party), name
+        assert re.search(rf"(?m)(^|[ (]){re.escape(name)}\b", third_party), name
     for name in project["project"]["license-files"]:
         assert (ROOT / name).is_file()
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,9 +38,17 @@ class Binding:
     shutdown_s: float = 30.0
 
     def check(self, has_key: bool) -> None:
-        """Raises OptionError for an address that others can reach where no key is asked for."""
+        """Raises OptionError for an address that others can reach where no key is asked for, or files without TLS."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise OptionError("--tls-cert and --tls-key go together; give both or none")
+        if self.tls_cert is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key)
+            except OSError as error:  # SSLError is one
+                files = f"--tls-cert {self.tls_cert} and --tls-key {self.tls_key}"
+                raise OptionError(
+                    f"{files} cannot be used: {error.strerror}; they are a certificate chain and its key, in PEM"
+                ) from error
         if not has_key and not _is_loopback(self.host):
             raise OptionError(
                 f"--host {self.host} lets other machines ask; set a key with --api-key (or ISOTHERM_API_KEY), "
@@ -170,6 +179,7 @@ def _config(gate: Gate, binding: Binding, client_s: float) -> uvicorn.Config:
     return uvicorn.Config(
         gate,
         http=connections(client_s),
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
