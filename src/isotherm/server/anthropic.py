@@ -14,8 +14,9 @@ from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments,
 from isotherm.server.anthropic_fields import Conversation, CountRequest, MessagesRequest
 from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet
 from isotherm.server.errors import ApiError, anthropic_body, bad_request
+from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
 from isotherm.types import SamplingParams
 
 router = APIRouter()
@@ -23,7 +24,17 @@ router = APIRouter()
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-@router.post("/v1/messages")
+_USAGE = {
+    "input_tokens": int,
+    "cache_creation_input_tokens": int,
+    "cache_read_input_tokens": int,
+    "output_tokens": int,
+}
+_HEAD = {"id": str, "type": str, "role": str, "model": str}
+_MESSAGE = {**_HEAD, "content": [dict], "stop_reason": str, "stop_sequence": (str, None), "usage": _USAGE}
+
+
+@router.post("/v1/messages", responses=document(_MESSAGE, stream=SSE))
 async def messages(body: MessagesRequest, request: Request) -> Response:
     """An answer to a conversation."""
     ask = _ask(body, request.app.state.sampling)
@@ -38,7 +49,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
         await exchange.__aexit__()
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post("/v1/messages/count_tokens", responses=document({"input_tokens": int}))
 async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     """How many tokens a conversation is as a prompt. Loads the model, whose tokenizer says so."""
     shelf: Shelf = request.app.state.shelf

@@ -53,7 +53,7 @@ def _blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-TextBlocks = Annotated[list[TextBlock], BeforeValidator(_blocks)]
+TextBlocks = Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
 class ToolResultBlock(Strict):
@@ -76,12 +76,18 @@ AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discr
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Annotated[list[UserBlock], BeforeValidator(_blocks), Field(min_length=1)]
+    content: Annotated[
+        list[UserBlock],
+        BeforeValidator(_blocks, json_schema_input_type=str | Annotated[list[UserBlock], Field(min_length=1)]),
+        Field(min_length=1),
+    ]
 
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: Annotated[list[AssistantBlock], BeforeValidator(_blocks)]
+    content: Annotated[
+        list[AssistantBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[AssistantBlock])
+    ]
 
 
 class SystemMessage(Strict):

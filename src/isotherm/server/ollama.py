@@ -17,6 +17,7 @@ from isotherm.server.errors import ApiError, bad_request, ollama_body
 from isotherm.server.ollama_fields import AnswerFields, ChatRequest, GenerateRequest, Options
 from isotherm.server.ollama_models import time_text
 from isotherm.server.openai_fields import logprob_entries
+from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import NDJSON, StreamedAnswer, Watch, compact
 from isotherm.text import TextGenerator
@@ -58,7 +59,23 @@ def as_response(said: Said) -> dict[str, Any]:
     return {"response": said.content, **({"thinking": said.thinking} if said.thinking else {})}
 
 
-@router.post("/api/chat")
+_MESSAGE = {"role": str, "content": str, "thinking?": str, "tool_calls?": [dict]}
+_END = {
+    "model": str,
+    "created_at": str,
+    "logprobs?": [dict],
+    "done": bool,
+    "done_reason": str,
+    "total_duration?": int,
+    "load_duration?": int,
+    "prompt_eval_count?": int,
+    "prompt_eval_duration?": int,
+    "eval_count?": int,
+    "eval_duration?": int,
+}
+
+
+@router.post("/api/chat", responses=document({"message": _MESSAGE, **_END}, stream=NDJSON))
 async def chat(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation; without messages the model is loaded, or unloaded."""
     if body.tools:
@@ -69,7 +86,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     return await _answer(body, lambda _: messages, request, as_message)
 
 
-@router.post("/api/generate")
+@router.post("/api/generate", responses=document({"response": str, "thinking?": str, **_END}, stream=NDJSON))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """An answer to one prompt; without one the model is loaded, or unloaded."""
     if not body.prompt:

@@ -28,11 +28,12 @@ def refused(reason: str, *neutral: object) -> BeforeValidator:
     """For a field that is not supported: clients send it empty, or with a value that asks for nothing."""
 
     def check(value: Any) -> None:
-        if value in (None, "", [], *neutral):
+        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in (None, "", [], *neutral)):
             return
         raise PydanticCustomError("refused", "{reason}", {"reason": reason})
 
-    return BeforeValidator(check)
+    allowed = Literal.__getitem__((None, "", *neutral))
+    return BeforeValidator(check, json_schema_input_type=allowed | Annotated[list[Any], Field(max_length=0)])
 
 
 def duration_s(value: object) -> float:
@@ -93,7 +94,7 @@ class AnswerFields(Strict):
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
-    keep_alive: Annotated[float, BeforeValidator(duration_s)] | None = None
+    keep_alive: Annotated[float, BeforeValidator(duration_s, json_schema_input_type=float | str)] | None = None
     think: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

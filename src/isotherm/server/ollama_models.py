@@ -16,6 +16,7 @@ from isotherm.errors import IsothermError
 from isotherm.server.errors import ApiError, bad_request
 from isotherm.server.fields import Strict
 from isotherm.server.model_card import ModelCard
+from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf, Slot
 
 router = APIRouter()
@@ -44,7 +45,7 @@ class ShowRequest(Strict):
     verbose: bool | None = None
 
 
-@router.get("/api/version")
+@router.get("/api/version", responses=document({"version": str, "isotherm": str}))
 @router.head("/api/version")
 async def version() -> dict[str, str]:
     return {"version": _API_VERSION, "isotherm": isotherm.__version__}
@@ -56,21 +57,24 @@ async def alive() -> Response:
     return Response("Isotherm is running", media_type="text/plain")
 
 
-@router.get("/api/tags")
+@router.get("/api/tags", responses=document({"models": [dict]}))
 async def tags(request: Request) -> dict[str, Any]:
     """The models that may be asked for."""
     shelf: Shelf = request.app.state.shelf
     return {"models": [await _listed(slot) for slot in shelf.slots.values()]}
 
 
-@router.get("/api/ps")
+@router.get("/api/ps", responses=document({"models": [dict]}))
 async def ps(request: Request) -> dict[str, Any]:
     """Those that are loaded."""
     shelf: Shelf = request.app.state.shelf
     return {"models": [await _loaded(slot) for slot in shelf.slots.values() if slot.worker]}
 
 
-@router.post("/api/show")
+_SHOWN = {"details": dict, "model_info": dict, "template": str, "capabilities": [str], "modified_at": str}
+
+
+@router.post("/api/show", responses=document({**_SHOWN, "license?": str}))
 async def show(body: ShowRequest, request: Request) -> dict[str, Any]:
     """What a model file says of itself."""
     shelf: Shelf = request.app.state.shelf
