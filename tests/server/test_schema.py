@@ -41,17 +41,31 @@ schema = schemathesis.openapi.from_dict(
 )
 
 
-@schema.hook
-def map_body(context: Any, body: Any) -> Any:
-    """A model that is here: what a stranger's name is answered is soon known."""
-    if isinstance(body, dict) and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
+def make_good(case: Any) -> None:
+    """What the page cannot say is made good, so that more than the first refusal is seen: a model that is here,
+    messages that are some, and what one field needs of another. What was wrong by the page stays wrong.
+    """
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 512:
         body["model"] = "tiny"
-    return body
+    if case.path in ("/v1/chat/completions", "/tokenize"):
+        messages = body.get("messages")
+        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+            body["messages"] = [{"role": "user", "content": "the rain"}]
+    needed = {
+        "/v1/chat/completions": ("logprobs", True),
+        "/v1/responses": ("include", ["message.output_text.logprobs"]),
+    }
+    if case.path in needed and "top_logprobs" in body:
+        body.setdefault(*needed[case.path])
 
 
 @schema.parametrize()
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_address(case: Any, asked: Serving) -> None:
+    make_good(case)
     case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)
 
 
@@ -59,4 +73,5 @@ def test_every_address(case: Any, asked: Serving) -> None:
 @schema.parametrize()
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_address_at_length(case: Any, asked: Serving) -> None:
+    make_good(case)
     case.call_and_validate(base_url=asked.url, checks=CHECKS, timeout=60)

@@ -111,3 +111,41 @@ def test_a_real_model_calls_a_tool(real_model: Callable[[str], Path], tmp_path: 
             got = client.chat.completions.create(model=path.stem, messages=messages, tools=TOOLS, max_tokens=100)
     (call,) = got.choices[0].message.tool_calls or ()
     assert json.loads(call.function.arguments) == {"city": "oslo", "days": 3}  # type: ignore[union-attr]
+
+
+def test_a_call_through_responses(client: openai.OpenAI) -> None:
+    function = TOOLS[0]["function"]
+    tools: Any = [{"type": "function", "strict": True, **function}]
+    for choice in ("required", {"type": "function", "name": "weather"}):
+        options: Any = {"model": "tiny", "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+        got = client.responses.create(input="the rain", max_output_tokens=300, **options)
+        assert got.status == "completed"
+        (call,) = got.output
+        assert call.type == "function_call"
+        assert call.name == "weather"
+        jsonschema.validate(json.loads(call.arguments), SCHEMA)
+    with client.responses.stream(input="the rain", max_output_tokens=300, **options) as stream:
+        kinds = [event.type for event in stream]
+        assert "response.function_call_arguments.done" in kinds
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call"
+    assert streamed.arguments == call.arguments
+    items: Any = [{"role": "user", "content": "the rain"}, call.to_dict()]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "wet"})
+    after = client.responses.create(model="tiny", input=items, tools=tools, max_output_tokens=3)
+    in_chat: Any = [
+        *MESSAGES,
+        {"role": "assistant", "content": "", "tool_calls": [as_in_chat(call)]},
+        {"role": "tool", "tool_call_id": call.call_id, "content": "wet"},
+    ]
+    strict: Any = [{"type": "function", "function": {"strict": True, **function}}]
+    chat = client.chat.completions.create(model="tiny", messages=in_chat, tools=strict, max_tokens=3)
+    assert after.output_text == chat.choices[0].message.content
+    assert after.usage is not None
+    assert chat.usage is not None
+    with pytest.raises(openai.BadRequestError, match="no call"):
+        client.responses.create(model="tiny", input=[*items, items[-1]], tools=tools)
+
+
+def as_in_chat(call: Any) -> dict[str, Any]:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

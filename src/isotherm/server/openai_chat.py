@@ -16,6 +16,7 @@ from isotherm.server.fields import Strict
 from isotherm.server.openai_fields import (
     HEAD,
     LOGPROB,
+    MAX_TOOLS,
     MAX_TOP_LOGPROBS,
     TIMINGS,
     USAGE,
@@ -31,8 +32,6 @@ from isotherm.server.worker import Progress
 
 router = APIRouter()
 
-_MAX_TOOLS = 128
-
 
 class TemplateVariables(Strict):
     """Names for the chat template that requests may set."""
@@ -44,7 +43,7 @@ class ChatRequest(SamplingFields):
     """The body of a request; messages and tools are checked where they are read, by the room `dialogue`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tools: Annotated[list[dict[str, Any]], Field(max_length=_MAX_TOOLS)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none"] | None = None
@@ -73,7 +72,8 @@ class ChatRequest(SamplingFields):
         return {} if given is None else {"enable_thinking": given}
 
 
-_MESSAGE = {"role": str, "content": (str, None), "refusal": (str, None)}
+_CALL = {"id": str, "type": str, "function": {"name": str, "arguments": str}}
+_MESSAGE = {"role": str, "content": (str, None), "refusal": None, "reasoning_content?": str, "tool_calls?": [_CALL]}
 _LOGPROBS = {"content": [{**LOGPROB, "top_logprobs": [LOGPROB]}], "refusal": None}
 _CHOICE = {"index": int, "message": _MESSAGE, "logprobs": (_LOGPROBS, None), "finish_reason": str}
 _CHAT = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings": TIMINGS}

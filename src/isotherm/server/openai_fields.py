@@ -17,6 +17,7 @@ _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 4096
 _MAX_ANSWERS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
 # shapes, for the page
 HEAD = {"id": str, "object": str, "created": int, "model": str}
 LOGPROB = {"token": str, "logprob": float, "bytes": [int]}

@@ -14,7 +14,7 @@ from isotherm.answer import Answer
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request
 from isotherm.server.fields import JsonObject, Strict
-from isotherm.server.openai_fields import MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
+from isotherm.server.openai_fields import MAX_TOOLS, MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
 from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
 from isotherm.server.response_input import Item, messages_of
@@ -66,9 +66,12 @@ class NamedTool(Strict):
     type: Literal["function"]
     name: str
 
+    def as_in_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
 
-class NoReasoningOptions(Strict):
-    effort: None = None
+
+class ReasoningOptions(Strict):
+    effort: Literal["none"] | None = None  # how much else is the model's own affair
     summary: None = None
 
 
@@ -87,7 +90,7 @@ class ResponsesRequest(Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     text: TextOptions = TextOptions()
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -98,7 +101,7 @@ class ResponsesRequest(Strict):
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
-    reasoning: NoReasoningOptions | None = None
+    reasoning: ReasoningOptions | None = None
     max_tool_calls: None = None
     service_tier: Literal["auto", "default"] | None = None
     # labels, for which we have no use
@@ -117,6 +120,10 @@ class ResponsesRequest(Strict):
         if self.top_logprobs is not None and not self.include:
             raise bad_request(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
         return bool(self.include)
+
+    def variables(self) -> dict[str, Any]:
+        """For the chat template."""
+        return {"enable_thinking": False} if self.reasoning and self.reasoning.effort == "none" else {}
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The params of this request; `defaults` where it is silent."""
@@ -166,9 +173,7 @@ _RESPONSE = {
 @router.post("/v1/responses", responses=document(_RESPONSE, stream=SSE))
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """An answer to a conversation, as items."""
-    wants_logprobs = body.wants_logprobs
-    if body.tools:
-        raise bad_request("tools: this version calls none; leave them out", "tools")
+    wants_logprobs, choice = body.wants_logprobs, body.tool_choice
     ask = Ask(
         body.model,
         messages_of(body.instructions, body.input),
@@ -176,6 +181,10 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         body.max_output_tokens,
         priority=body.priority,
         grammar=body.text.grammar(),
+        tools=tuple(tool.as_in_chat() for tool in body.tools or ()),
+        tool_choice=choice.as_in_chat() if isinstance(choice, NamedTool) else choice,
+        is_parallel=body.parallel_tool_calls is not False,
+        variables=body.variables(),
     )
     exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     answer = _Response(exchange, body, wants_logprobs)
@@ -266,7 +275,7 @@ def _asked(body: ResponsesRequest) -> dict[str, Any]:
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "metadata": body.metadata or {},
         "user": body.user,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": (body.reasoning or ReasoningOptions()).model_dump(),
         "store": False,
         "background": False,
         "previous_response_id": None,
