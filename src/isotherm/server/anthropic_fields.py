@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from isotherm.server.errors import bad_request
 from isotherm.server.fields import JsonObject, Strict
@@ -95,6 +96,15 @@ class SystemMessage(Strict):
 Turn = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
 
 
+def _only(supported: bool) -> AfterValidator:
+    def check(value: bool) -> bool:
+        if value is not supported:
+            raise PydanticCustomError("unsupported", "it can only be {value} here", {"value": str(supported).lower()})
+        return value
+
+    return AfterValidator(check)
+
+
 class ToolField(Strict):
     name: Annotated[str, Field(min_length=1, max_length=128)]
     input_schema: JsonObject
@@ -102,8 +112,8 @@ class ToolField(Strict):
     type: Literal["custom"] | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
-    defer_loading: Literal[False] | None = None
-    eager_input_streaming: Literal[True] | None = None  # arguments come as they are computed
+    defer_loading: Annotated[bool, _only(False)] | None = None
+    eager_input_streaming: Annotated[bool, _only(True)] | None = None  # arguments come as they are computed
 
     def declaration(self) -> dict[str, Any]:
         function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
