@@ -39,7 +39,7 @@ class EngineLimits:
     batch_tokens: int
     num_pages: tuple[int, ...]
     max_running: int = 1  # sequences in one batch
-    stall_s: float = 0.25  # for which a prompt may hold up sequences that decode, in one step
+    stall_s: float = 0.1  # for which a prompt may hold up sequences that decode, in one step
 
 
 @dataclass(frozen=True)
@@ -263,14 +263,15 @@ class Engine:
         return max(_LEAST_STALL_TOKENS, int(self._limits.stall_s / self._token_s))
 
     def _compute(self, shares: list[Share]) -> None:
-        ids = np.array([token for share in shares for token in share.token_ids], np.int32)
-        ends = np.cumsum([len(share.token_ids) for share in shares], dtype=np.int32)
-        sequences = tuple(
-            program_batch.Sequence(len(share.token_ids), len(share.pages.token_ids), share.pages.page_tables)
-            for share in shares
-        )
-        wanted = np.array([share.is_last for share in shares])
-        self._compiled.forward(Batch(ids, sequences, ends[wanted] - np.int32(1)))
+        ids: list[int] = []
+        rows, sequences = [], []
+        for share in shares:
+            ids += share.token_ids
+            if share.is_last:
+                rows.append(len(ids) - 1)
+            cached = len(share.pages.token_ids)
+            sequences.append(program_batch.Sequence(len(share.token_ids), cached, share.pages.page_tables))
+        self._compiled.forward(Batch(np.array(ids, np.int32), tuple(sequences), np.array(rows, np.int32)))
 
     def _logits(self, num_rows: int) -> list[F32]:
         return [
