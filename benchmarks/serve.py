@@ -205,6 +205,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--isotherm-flags", default="", help="more flags of its serve")
     parser.add_argument("--llama-server", type=Path, help="program; left out without")
     parser.add_argument("--llama-flags", default="", help="more flags of llama-server")
+    parser.add_argument(
+        "--most-growth", type=float, help="fail where Isotherm's memory grows by more MB a minute in a half of a round"
+    )
     parser.add_argument("--what", help="name in the results file; default: serve-MODEL, serve-one-MODEL and so on")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args(arguments)
@@ -238,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report(run, mode))
     if any(sample.get("errors") for sample in run.samples.get(ISOTHERM, [])):
         raise SystemExit("isotherm: requests failed, see above")
+    growths = [sample["rss_bytes_per_minute"] / 1e6 for sample in run.samples.get(ISOTHERM, []) if mode is LOAD]
+    if options.most_growth is not None and any(growth > options.most_growth for growth in growths):
+        raise SystemExit(f"isotherm: memory grows by {max(growths):.1f} MB a minute")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer, shown=shown, continues=True)
         self._text = _StopFilter(stop)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is computed for it; `poll` may still have something to tell."""
+        return self._generation.is_done
+
     def poll(self) -> Piece | None:
         """What has come since the last call; None where nothing has. Raises what went wrong with this request."""
         text, tokens = "", list[SampledToken]()

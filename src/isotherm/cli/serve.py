@@ -48,7 +48,6 @@ def serve(
         origins=tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip()),
         max_body_bytes=int(settings.max_body_mib * 2**20),
         client_s=settings.client_s,
-        log_json=settings.log_json,
         log_prompts=settings.log_prompts,
     )
     named = [Slot(_served_name(name), name, FOREVER_S, partial(_card, name)) for name in models or ()]
@@ -66,7 +65,15 @@ def serve(
     def shelf() -> Shelf:
         return Shelf(load, slots, max_waiting=settings.max_waiting)
 
-    serve(shelf, named[0].name if named else None, binding, policy, settings.sampling, has_page=settings.page)
+    serve(
+        shelf,
+        named[0].name if named else None,
+        binding,
+        policy,
+        settings.sampling,
+        has_page=settings.page,
+        log_json=settings.log_json,
+    )
 
 
 def _card(source: str) -> "ModelCard":

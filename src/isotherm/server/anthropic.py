@@ -12,11 +12,13 @@ from fastapi.responses import JSONResponse
 
 from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from isotherm.server.anthropic_fields import Conversation, CountRequest, MessagesRequest
-from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet
-from isotherm.server.errors import ApiError, anthropic_body, bad_request
+from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet, prompt_ids
+from isotherm.server.errors import ApiError, anthropic_body
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
+from isotherm.server.thinking import check_thinking
+from isotherm.text import TextGenerator
 from isotherm.types import SamplingParams
 
 router = APIRouter()
@@ -30,15 +32,32 @@ _USAGE = {
     "cache_read_input_tokens": int,
     "output_tokens": int,
 }
-_HEAD = {"id": str, "type": str, "role": str, "model": str}
-_MESSAGE = {**_HEAD, "content": [dict], "stop_reason": str, "stop_sequence": (str, None), "usage": _USAGE}
+_MESSAGE = {
+    "id": str,
+    "type": str,
+    "role": str,
+    "model": str,
+    "content": [dict],
+    "stop_reason": str,
+    "stop_sequence": (str, None),
+    "usage": _USAGE,
+}
 
 
 @router.post("/v1/messages", responses=document(_MESSAGE, stream=SSE))
 async def messages(body: MessagesRequest, request: Request) -> Response:
     """An answer to a conversation."""
-    ask = _ask(body, request.app.state.sampling)
-    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
+    shelf: Shelf = request.app.state.shelf
+    given: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
+    sampling = replace(
+        request.app.state.sampling, **{name: value for name, value in given.items() if value is not None}
+    )
+    stop = tuple(body.stop_sequences or ())
+    ask = replace(_ask(body), sampling=sampling, max_tokens=body.max_tokens, stop=stop, grammar=body.grammar())
+    request.scope["isotherm.log"].model = body.model
+    async with shelf.borrow(body.model) as worker:
+        _check_thinking(body, worker.model)
+        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
     message = _Message(exchange)
     if body.stream:
         return StreamedAnswer(exchange, message.events(), _failure)
@@ -53,31 +72,30 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
 async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     """How many tokens a conversation is as a prompt. Loads the model, whose tokenizer says so."""
     shelf: Shelf = request.app.state.shelf
-    _refuse_what_is_not_there(body)
+    ask = _ask(body)
     request.scope["isotherm.log"].model = body.model
     async with shelf.borrow(body.model) as worker:
-        ids = await asyncio.to_thread(worker.model.prompt_ids, body.prompt())  # type: ignore[arg-type]
+        _check_thinking(body, worker.model)
+        ids = await asyncio.to_thread(prompt_ids, worker.model, ask)
     return {"input_tokens": len(ids)}
 
 
-def _ask(body: MessagesRequest, defaults: SamplingParams) -> Ask:
-    _refuse_what_is_not_there(body)
-    given: dict[str, Any] = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
+def _ask(body: Conversation) -> Ask:
     return Ask(
         body.model,
         body.prompt(),
-        replace(defaults, **{name: value for name, value in given.items() if value is not None}),
-        body.max_tokens,
-        tuple(body.stop_sequences or ()),
-        grammar=body.grammar(),
+        SamplingParams(),
+        tools=body.declarations(),
+        tool_choice=body.choice(),
+        is_parallel=body.is_parallel,
+        variables=body.variables(),
     )
 
 
-def _refuse_what_is_not_there(body: Conversation) -> None:
-    if body.tools or body.tool_choice:
-        raise bad_request("tools are not supported yet", "tools")
-    if body.thinking:
-        raise bad_request("thinking cannot be switched yet", "thinking")
+def _check_thinking(body: Conversation, model: TextGenerator) -> None:
+    """`adaptive` asks for nothing that a model cannot do: it decides how much it thinks, which may be not at all."""
+    if body.thinking and body.thinking.type == "disabled":
+        check_thinking(model, is_wanted=False)
 
 
 def _failure(error: ApiError) -> bytes:

@@ -78,7 +78,7 @@ class UserMessage(Strict):
     role: Literal["user"]
     content: Annotated[
         list[UserBlock],
-        BeforeValidator(_blocks, json_schema_input_type=str | Annotated[list[UserBlock], Field(min_length=1)]),
+        BeforeValidator(_blocks, json_schema_input_type=str | list[UserBlock]),
         Field(min_length=1),
     ]
 

@@ -20,9 +20,10 @@ from isotherm.dialogue import (
 )
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.errors import bad_request
-from isotherm.server.gate import RequestLog, Scope
+from isotherm.server.gate import Scope
+from isotherm.server.logs import RequestLog
 from isotherm.server.shelf import Shelf
-from isotherm.server.worker import Progress, Reply, Update, Worker
+from isotherm.server.worker import Inbox, Progress, Reply, Worker
 from isotherm.text import TextGenerator
 from isotherm.types import Grammar, SamplingParams
 
@@ -121,7 +122,7 @@ class Exchange:
         self._log: RequestLog = scope["isotherm.log"]
         self._logs_prompts: bool = scope["isotherm.log_prompts"]
         self._stack = AsyncExitStack()
-        self._inbox: asyncio.Queue[tuple[int, Update | Quiet]] = asyncio.Queue()
+        self._inbox = Inbox()
         self._replies: list[Reply] = []
         self._parsers: list[AnswerParser | None] = []
         self._worker: Worker | None = None
@@ -197,7 +198,7 @@ class Exchange:
         """The client has left: `news` raises, and nothing more is computed."""
         for reply in self._replies:
             reply.cancel()
-        self._inbox.put_nowait((0, ClientLeft()))
+        self._inbox.put(0, ClientLeft())
 
     async def _start(self, index: int) -> None:
         assert self._worker is not None
@@ -220,7 +221,7 @@ class Exchange:
 
     def _tick(self) -> None:
         if not self._has_news:
-            self._inbox.put_nowait((0, Quiet()))
+            self._inbox.put(0, Quiet())
         self._has_news = False
         self._timer = asyncio.get_running_loop().call_later(_QUIET_S, self._tick)
 
@@ -263,6 +264,6 @@ def _prepare(model: TextGenerator, ask: Ask) -> _Task:
     return _Task(ids, forced, dialogue.shown_tokens, lambda: dialogue.parser(prompt.text, tools, choice))
 
 
-def prompt_ids(model: TextGenerator, prompt: str | tuple[int, ...] | tuple[Mapping[str, Any], ...]) -> tuple[int, ...]:
-    """What a model starts from, for a prompt as `Ask` has it."""
-    return _prepare(model, Ask("", prompt, SamplingParams())).prompt_ids
+def prompt_ids(model: TextGenerator, ask: Ask) -> tuple[int, ...]:
+    """What a model starts from. Raises every IsothermError that a prompt can have."""
+    return _prepare(model, ask).prompt_ids

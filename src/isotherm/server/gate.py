@@ -4,14 +4,14 @@ import asyncio
 import hmac
 import json
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from isotherm.server.errors import ApiError, api_error, error_body
+from isotherm.server.logs import RequestLog
 from isotherm.server.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
@@ -23,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _LOG = logging.getLogger("isotherm.server")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _WITHOUT_KEY = ("/health", "/")  # and the page's own files, which hold nothing secret
+_LOOKS = 4  # at a client that takes nothing, within its time
 
 
 @dataclass(frozen=True)
@@ -33,44 +34,7 @@ class Policy:
     origins: tuple[str, ...] = ()  # of web pages elsewhere that may ask; "*": all of them
     max_body_bytes: int = 8 << 20
     client_s: float = 60.0  # for a client to send its header, then its body, and to take each part of an answer
-    log_json: bool = False
     log_prompts: bool = False
-
-
-@dataclass
-class RequestLog:
-    """What the log says of one request; the handlers fill in what they know."""
-
-    method: str
-    path: str
-    status: int = 0
-    seconds: float = 0.0
-    model: str | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    answer_tokens: int | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-    prompt: str | None = field(default=None, repr=False)  # only where it is asked for
-
-    def line(self) -> str:
-        path = json.dumps(self.path)[1:-1]  # %0a in it must not begin a line
-        parts = [f"{self.method} {path} {self.status} {self.seconds:.3f} s"]
-        if self.model:
-            parts.append(self.model)
-        if self.prompt_tokens is not None:
-            parts.append(f"prompt {self.prompt_tokens} ({self.cached_tokens or 0} cached)")
-        if self.finish_reason is not None:
-            parts.append(f"answer {self.answer_tokens or 0} ({self.finish_reason})")
-        if self.error:
-            parts.append(f"error: {self.error}")
-        if self.prompt is not None:
-            parts.append(json.dumps(self.prompt, ensure_ascii=False))
-        return "  ".join(parts)
-
-    def json_line(self) -> str:
-        known = {key: value for key, value in asdict(self).items() if value is not None}
-        return json.dumps({"time": time.time(), **known}, ensure_ascii=False)
 
 
 class Gate:
@@ -91,6 +55,7 @@ class Gate:
         _take_as_json(scope)
         started_s = time.perf_counter()
         response = _Response(send, log, self._cors(scope), self._policy.client_s)
+        response.watch()
         try:
             self._admit(scope)
             if self._is_preflight(scope):
@@ -106,10 +71,11 @@ class Gate:
             _LOG.exception("%s %s failed", log.method, log.path)
             await response.fail(scope["path"], api_error(error))
         finally:
+            response.end_watch()
             log.seconds = round(time.perf_counter() - started_s, 4)
             route = scope.get("route")
             self._metrics.request(getattr(route, "path", "other"), log.status)
-            print(log.json_line() if self._policy.log_json else log.line(), file=sys.stderr, flush=True)
+            _LOG.info("", extra={"request": log})
 
     def _admit(self, scope: Scope) -> None:
         """Raises ApiError for a request that may not ask at all."""
@@ -199,14 +165,35 @@ class _Response:
         self._client_s = client_s
         self._has_started = False
         self._has_ended = False
+        self._sending_since_s: float | None = None
+        self._is_taken_too_slowly = False
+        self._task = asyncio.current_task()
+
+    def watch(self) -> None:
+        """Looks now and then whether the client takes what it is sent: cheaper than a time limit for every part."""
+        since_s = self._sending_since_s
+        if since_s is not None and time.monotonic() - since_s > self._client_s and self._task:
+            self._is_taken_too_slowly = True
+            self._task.cancel()
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._client_s / _LOOKS, self.watch)
+
+    def end_watch(self) -> None:
+        self._timer.cancel()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_started = True
             self._log.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._headers]
-        async with asyncio.timeout(self._client_s):
+        self._sending_since_s = time.monotonic()
+        try:
             await self._send(message)
+        except asyncio.CancelledError:
+            if self._is_taken_too_slowly:
+                raise TimeoutError from None
+            raise
+        self._sending_since_s = None
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body")
 
     async def answer(self, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:

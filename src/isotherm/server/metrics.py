@@ -99,6 +99,7 @@ class _Gauges(Collector):
         preempted = GaugeMetricFamily("vllm:num_preemptions", "Answers put back since the start.", labels=_LABELS)
         weights = GaugeMetricFamily("isotherm_weight_bytes", "Packed weights, by tier.", labels=[*_LABELS, "tier"])
         kv = GaugeMetricFamily("isotherm_kv_bytes", "Memory of KV pages.", labels=_LABELS)
+        disk = GaugeMetricFamily("isotherm_kv_disk", "What --kv-dir did so far.", labels=[*_LABELS, "count"])
         for name, model in self._loaded():
             load, memory = model.load(), model.facts.memory
             running.add_metric([name], load.num_running)
@@ -107,4 +108,6 @@ class _Gauges(Collector):
             preempted.add_metric([name], load.num_preemptions)
             weights.add_metric([name, "ram"], memory.weights_bytes)
             kv.add_metric([name], memory.kv_bytes)
-        return running, waiting, usage, preempted, weights, kv
+            for name_of_count, count in vars(model.store_counts).items() if model.store_counts else ():
+                disk.add_metric([name, name_of_count], count)
+        return running, waiting, usage, preempted, weights, kv, disk

@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,10 +16,11 @@ from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request, ollama_body
 from isotherm.server.ollama_fields import AnswerFields, ChatRequest, GenerateRequest, Options
 from isotherm.server.ollama_models import time_text
-from isotherm.server.openai_fields import logprob_entries
+from isotherm.server.openai_fields import LOGPROB, logprob_entries
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import NDJSON, StreamedAnswer, Watch, compact
+from isotherm.server.thinking import check_thinking
 from isotherm.text import TextGenerator
 
 router = APIRouter()
@@ -59,12 +60,8 @@ def as_response(said: Said) -> dict[str, Any]:
     return {"response": said.content, **({"thinking": said.thinking} if said.thinking else {})}
 
 
-_MESSAGE = {"role": str, "content": str, "thinking?": str, "tool_calls?": [dict]}
+_LOGPROBS = [{**LOGPROB, "top_logprobs": [LOGPROB]}]
 _END = {
-    "model": str,
-    "created_at": str,
-    "logprobs?": [dict],
-    "done": bool,
     "done_reason": str,
     "total_duration?": int,
     "load_duration?": int,
@@ -73,27 +70,42 @@ _END = {
     "eval_count?": int,
     "eval_duration?": int,
 }
+_LINE = {"model": str, "created_at": str, "logprobs?": _LOGPROBS, "done": bool, **_END}
+_MESSAGE = {"role": str, "content": str, "thinking?": str, "tool_calls?": [dict]}
 
 
-@router.post("/api/chat", responses=document({"message": _MESSAGE, **_END}, stream=NDJSON))
+@router.post("/api/chat", responses=document({**_LINE, "message": _MESSAGE}, stream=NDJSON))
 async def chat(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation; without messages the model is loaded, or unloaded."""
-    if body.tools:
-        raise bad_request("tools are not supported yet", "tools")
     if not body.messages:
         return await _without_prompt(body, request, as_message)
-    messages = body.prompt()
-    return await _answer(body, lambda _: messages, request, as_message)
+    ask = replace(_ask(body, body.prompt(), request), tools=tuple(body.tools or ()))
+    return await _answer(body, lambda _: ask, request, as_message)
 
 
-@router.post("/api/generate", responses=document({"response": str, "thinking?": str, **_END}, stream=NDJSON))
+@router.post("/api/generate", responses=document({**_LINE, "response": str, "thinking?": str}, stream=NDJSON))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """An answer to one prompt; without one the model is loaded, or unloaded."""
     if not body.prompt:
         return await _without_prompt(body, request, as_response)
     if body.raw and body.system:
         raise bad_request("raw takes the prompt as it is, without system", "system")
-    return await _answer(body, lambda model: _single_prompt(body, model), request, as_response)
+    ask = _ask(body, "", request)
+    return await _answer(body, lambda model: replace(ask, prompt=_single_prompt(body, model)), request, as_response)
+
+
+def _ask(body: AnswerFields, prompt: Prompt, request: Request) -> Ask:
+    options = body.options or Options()
+    return Ask(
+        body.model,
+        prompt,
+        options.sampling(request.app.state.sampling, body.num_logprobs),
+        options.max_tokens,
+        tuple(options.stop or ()),
+        keep_alive_s=body.keep_alive,
+        grammar=body.grammar(),
+        variables=body.variables(),
+    )
 
 
 def _single_prompt(body: GenerateRequest, model: TextGenerator) -> Prompt:
@@ -119,28 +131,17 @@ async def _without_prompt(body: AnswerFields, request: Request, shape: Shape) ->
 
 
 async def _answer(
-    body: AnswerFields, prompt_for: Callable[[TextGenerator], Prompt], request: Request, shape: Shape
+    body: AnswerFields, ask_of: Callable[[TextGenerator], Ask], request: Request, shape: Shape
 ) -> Response:
-    if body.think is not None:
-        raise bad_request("thinking cannot be switched yet", "think")
     shelf: Shelf = request.app.state.shelf
     request.scope["isotherm.log"].model = body.model
-    options = body.options or Options()
-    sampling = options.sampling(request.app.state.sampling, body.num_logprobs)
     started_s = time.perf_counter()
     async with shelf.borrow(body.model, body.keep_alive) as worker:
         load_s = time.perf_counter() - started_s
-        _check_context(options, worker.model.context_tokens)
-        ask = Ask(
-            body.model,
-            prompt_for(worker.model),
-            sampling,
-            options.max_tokens,
-            tuple(options.stop or ()),
-            keep_alive_s=body.keep_alive,
-            grammar=body.grammar(),
-        )
-        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
+        _check_context(body.options, worker.model.context_tokens)
+        if body.think is not None:
+            check_thinking(worker.model, is_wanted=body.think)
+        exchange = await Exchange(shelf, ask_of(worker.model), request.scope).__aenter__()
     answer = _Answer(exchange, shape, Timing(started_s, load_s), wants_logprobs=bool(body.logprobs))
     if body.stream is not False:
         return StreamedAnswer(exchange, answer.lines(), _failure, NDJSON)
@@ -151,8 +152,8 @@ async def _answer(
         await exchange.__aexit__()
 
 
-def _check_context(options: Options, held_tokens: int) -> None:
-    if options.num_ctx is not None and options.num_ctx > held_tokens:
+def _check_context(options: Options | None, held_tokens: int) -> None:
+    if options and options.num_ctx is not None and options.num_ctx > held_tokens:
         reason = f"num_ctx is {options.num_ctx}, the model is loaded with a context of {held_tokens}"
         raise bad_request(f"{reason}; ask for less, or start the server with --ctx", "options.num_ctx")
 

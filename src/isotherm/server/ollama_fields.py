@@ -2,11 +2,11 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 from isotherm.server.errors import bad_request
 from isotherm.server.fields import Strict
@@ -24,16 +24,26 @@ _DURATION = re.compile(rf"([+-]?)((?:{_NUMBER}(?:ns|us|µs|ms|s|m|h))+|{_NUMBER}
 _PART = re.compile(rf"({_NUMBER})([a-zµ]*)", re.ASCII)
 
 
-def refused(reason: str, *neutral: object) -> BeforeValidator:
-    """For a field that is not supported: clients send it empty, or with a value that asks for nothing."""
+@dataclass(frozen=True)
+class Refused:
+    """A field that is not supported, for Annotated: clients send it empty, or with a value that asks for nothing."""
 
-    def check(value: Any) -> None:
-        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in (None, "", [], *neutral)):
-            return
-        raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+    reason: str
+    neutral: tuple[float, ...] = ()
 
-    allowed = Literal.__getitem__((None, "", *neutral))
-    return BeforeValidator(check, json_schema_input_type=allowed | Annotated[list[Any], Field(max_length=0)])
+    def __get_pydantic_core_schema__(self, _: object, handler: object) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _: object, handler: object) -> dict[str, Any]:
+        return {"enum": self._nothing}
+
+    @property
+    def _nothing(self) -> list[Any]:
+        return [None, "", [], *self.neutral]
+
+    def _check(self, value: Any) -> None:
+        if isinstance(value, bool) or value not in self._nothing:
+            raise PydanticCustomError("refused", "{reason}", {"reason": self.reason})
 
 
 def duration_s(value: object) -> float:
@@ -46,6 +56,9 @@ def duration_s(value: object) -> float:
     if isinstance(value, bool | str) or not isinstance(value, int | float) or value != value:
         raise PydanticCustomError("duration", 'it must be a number of seconds, or text such as "5m"')
     return FOREVER_S if value < 0 or value > _LONGEST_S else float(value)
+
+
+KeepAlive = Annotated[float, BeforeValidator(duration_s, json_schema_input_type=float | str)]
 
 
 class Options(Strict):
@@ -64,11 +77,20 @@ class Options(Strict):
     presence_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] | None = None
     num_keep: int | None = None  # what stays when a context is shifted; ours never is
-    typical_p: Annotated[None, refused("is not supported; leave it out", 1.0)] = None
-    tfs_z: Annotated[None, refused("is not supported; leave it out", 1.0)] = None
-    mirostat: Annotated[None, refused("is not supported; leave it out", 0)] = None
-    num_thread: Annotated[None, refused("is decided where the server is started: --threads", 0)] = None
-    num_gpu: Annotated[None, refused("there is no GPU in use; leave it out", 0, -1)] = None
+    typical_p: Annotated[None, Refused("is not supported; leave it out", (1.0,))] = None
+    tfs_z: Annotated[None, Refused("is not supported; leave it out", (1.0,))] = None
+    mirostat: Annotated[None, Refused("is not supported; leave it out", (0,))] = None
+    num_thread: Annotated[None, Refused("is decided where the server is started: --threads", (0,))] = None
+    num_gpu: Annotated[
+        None,
+        Refused(
+            "there is no GPU in use; leave it out",
+            (
+                0,
+                -1,
+            ),
+        ),
+    ] = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -94,7 +116,7 @@ class AnswerFields(Strict):
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
-    keep_alive: Annotated[float, BeforeValidator(duration_s, json_schema_input_type=float | str)] | None = None
+    keep_alive: KeepAlive | None = None
     think: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -128,7 +150,7 @@ class PastCall(Strict):
     type: Literal["function"] | None = None
 
 
-NoImages = Annotated[None, refused("images are not supported; leave them out")]
+NoImages = Annotated[None, Refused("images are not supported; leave them out")]
 
 
 class ChatMessage(Strict):
@@ -146,7 +168,7 @@ class ChatRequest(AnswerFields):
 
     messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
-    template: Annotated[None, refused("a template comes with the model, never with a request; leave it out")] = None
+    template: Annotated[None, Refused("a template comes with the model, never with a request; leave it out")] = None
 
     def prompt(self) -> tuple[dict[str, Any], ...]:
         """Messages in OpenAI's words."""
@@ -175,9 +197,9 @@ class GenerateRequest(AnswerFields):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    suffix: Annotated[None, refused("filling in the middle is not supported; leave it out")] = None
-    template: Annotated[None, refused("a template comes with the model, never with a request; leave it out")] = None
-    context: Annotated[None, refused("past tokens are not taken; /api/chat takes past messages")] = None
+    suffix: Annotated[None, Refused("filling in the middle is not supported; leave it out")] = None
+    template: Annotated[None, Refused("a template comes with the model, never with a request; leave it out")] = None
+    context: Annotated[None, Refused("past tokens are not taken; /api/chat takes past messages")] = None
     images: NoImages = None
 
 

@@ -45,8 +45,28 @@ class ShowRequest(Strict):
     verbose: bool | None = None
 
 
+_DETAILS = {
+    "parent_model": str,
+    "format": str,
+    "family": str,
+    "families": [str],
+    "parameter_size": str,
+    "quantization_level": str,
+}
+_LISTED = {"name": str, "model": str, "size?": int, "digest?": str, "modified_at?": str, "details?": _DETAILS}
+_LOADED = {**_LISTED, "size_vram": int, "expires_at": str, "context_length": int}
+_SHOWN = {
+    "details": _DETAILS,
+    "model_info": dict,
+    "template": str,
+    "capabilities": [str],
+    "modified_at": str,
+    "license?": str,
+}
+
+
+@router.head("/api/version", include_in_schema=False)
 @router.get("/api/version", responses=document({"version": str, "isotherm": str}))
-@router.head("/api/version")
 async def version() -> dict[str, str]:
     return {"version": _API_VERSION, "isotherm": isotherm.__version__}
 
@@ -57,24 +77,21 @@ async def alive() -> Response:
     return Response("Isotherm is running", media_type="text/plain")
 
 
-@router.get("/api/tags", responses=document({"models": [dict]}))
+@router.get("/api/tags", responses=document({"models": [_LISTED]}))
 async def tags(request: Request) -> dict[str, Any]:
     """The models that may be asked for."""
     shelf: Shelf = request.app.state.shelf
     return {"models": [await _listed(slot) for slot in shelf.slots.values()]}
 
 
-@router.get("/api/ps", responses=document({"models": [dict]}))
+@router.get("/api/ps", responses=document({"models": [_LOADED]}))
 async def ps(request: Request) -> dict[str, Any]:
     """Those that are loaded."""
     shelf: Shelf = request.app.state.shelf
     return {"models": [await _loaded(slot) for slot in shelf.slots.values() if slot.worker]}
 
 
-_SHOWN = {"details": dict, "model_info": dict, "template": str, "capabilities": [str], "modified_at": str}
-
-
-@router.post("/api/show", responses=document({**_SHOWN, "license?": str}))
+@router.post("/api/show", responses=document(_SHOWN))
 async def show(body: ShowRequest, request: Request) -> dict[str, Any]:
     """What a model file says of itself."""
     shelf: Shelf = request.app.state.shelf

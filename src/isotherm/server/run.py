@@ -19,9 +19,11 @@ from isotherm.server.app import build_app
 from isotherm.server.connection import connections
 from isotherm.server.errors import ApiError
 from isotherm.server.gate import Gate, Policy
+from isotherm.server.logs import logging_to_stderr
 from isotherm.server.shelf import Shelf
 from isotherm.types import SamplingParams
 
+_LOG = logging.getLogger("isotherm.server")
 _MAX_CONNECTIONS = 2000
 _BACKLOG = 2048
 _IDLE_CONNECTION_S = 75
@@ -87,6 +89,7 @@ def serve(
     sampling: SamplingParams,
     *,
     has_page: bool,
+    log_json: bool,
 ) -> None:
     """Answers requests until a signal comes.
 
@@ -96,7 +99,7 @@ def serve(
     binding.check(bool(policy.api_keys))
     listener = binding.open()
     try:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
+        with logging_to_stderr(log_json), asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(_Service(binding, policy, listener).run(make_shelf, first, sampling, has_page))
     finally:
         listener.close()
@@ -133,7 +136,7 @@ class _Service:
             host, port = self._listener.getsockname()[:2]
             scheme = "https" if self._binding.tls_cert else "http"
             shown = f"[{host}]" if ":" in host else host
-            print(f"listening on {scheme}://{shown}:{port}; Ctrl-C ends it", file=sys.stderr, flush=True)
+            _LOG.info("listening on %s://%s:%d; Ctrl-C ends it", scheme, shown, port)
             await server.serve([self._listener])
             if starting.done():
                 await starting  # raises what went wrong with the first model
@@ -162,7 +165,7 @@ class _Service:
             server.force_exit = True
             self._shelf.abort(ApiError(503, "unavailable_error", "the server was stopped"))
             return
-        print("stopping once running answers are done; Ctrl-C again ends them", file=sys.stderr, flush=True)
+        _LOG.info("stopping once running answers are done; Ctrl-C again ends them")
         told = ApiError(503, "unavailable_error", "the server is shutting down")
         asyncio.get_running_loop().call_later(self._binding.shutdown_s, self._shelf.abort, told)
 

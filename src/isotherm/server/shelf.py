@@ -162,6 +162,7 @@ class Shelf:
                 if model.context_tokens < model.facts.wanted_context_tokens and await self._make_room():
                     model.close()
                     continue
+                _LOG.info("%s", _loaded_line(slot.name, model))
                 meters = self.metrics.meters(slot.name)
                 return Worker(model, asyncio.get_running_loop(), meters, self._max_waiting)
 
@@ -172,3 +173,12 @@ class Shelf:
             return False
         await self.unload(min(idle, key=lambda slot: slot.used_at))
         return True
+
+
+def _loaded_line(name: str, model: TextGenerator) -> str:
+    facts = model.facts
+    return (
+        f"loaded {name} in {facts.load_s:.2f} s: {facts.quantization}, {facts.isa}, {facts.num_threads} threads, "
+        f"context {model.context_tokens}, {facts.parallel} answers at once; MB: {facts.memory.weights_bytes / 1e6:.0f} "
+        f"weights, {facts.memory.kv_bytes / 1e6:.0f} keys and values"
+    )

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 
 from isotherm.errors import ModelNotFound
-from isotherm.server.ask import prompt_ids
+from isotherm.server.ask import Ask, prompt_ids
 from isotherm.server.fields import Strict
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
 from isotherm.text import TextGenerator
+from isotherm.types import SamplingParams
 
 router = APIRouter()
 
@@ -62,7 +63,7 @@ class TokenizeMessages(_ModelField):
     return_token_strs: bool = False
 
     def answer(self, model: TextGenerator) -> dict[str, Any]:
-        ids = prompt_ids(model, tuple(self.messages))
+        ids = prompt_ids(model, Ask("", tuple(self.messages), SamplingParams()))
         return _counted(model, list(ids), self.return_token_strs)
 
 
