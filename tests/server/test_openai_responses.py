@@ -166,6 +166,8 @@ def test_reasoning_is_an_item_of_its_own(tmp_path: Path) -> None:
         assert last.response.usage.output_tokens_details.reasoning_tokens == thought.num_tokens
         plain = client.responses.create(**options, reasoning={"effort": "none"})
         assert plain.output_text == said.text
+        assert plain.reasoning is not None
+        assert plain.reasoning.effort == "none"
         client.close()
 
 
