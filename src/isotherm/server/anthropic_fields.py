@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import Always, Never, Strict
 from isotherm.server.openai_fields import Stop
 from isotherm.server.output_format import schema_grammar
 from isotherm.types import Grammar
@@ -105,8 +105,8 @@ class ToolField(Strict):
     type: Literal["custom"] | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
-    defer_loading: Literal[False] | None = None
-    eager_input_streaming: Literal[True] | None = None  # arguments come as they are computed
+    defer_loading: Never | None = None
+    eager_input_streaming: Always | None = None  # arguments come as they are computed
 
     def declaration(self) -> dict[str, Any]:
         function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}

@@ -13,7 +13,7 @@ from pydantic import Field
 from isotherm.answer import Answer
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request
-from isotherm.server.fields import JsonObject, Strict
+from isotherm.server.fields import JsonObject, Never, Strict
 from isotherm.server.openai_fields import MAX_TOOLS, MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
 from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
@@ -98,8 +98,8 @@ class ResponsesRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: Never | None = None
+    background: Never | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
