@@ -140,6 +140,8 @@ def test_an_answer_in_the_form_of_a_schema(claude: anthropic.Anthropic, model: T
         ({"stop_sequences": "x"}, "stop_sequences"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
+        ({"tools": [{"name": "a", "input_schema": {}, "defer_loading": True}]}, "defer_loading"),
+        ({"tools": [{"name": "a", "input_schema": {}, "eager_input_streaming": False}]}, "eager_input_streaming"),
         ({"tool_choice": {"type": "some"}}, "tool_choice"),
         ({"output_config": {"effort": "low"}}, "effort"),
         ({"container": "x"}, "container"),

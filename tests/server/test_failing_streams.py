@@ -9,18 +9,20 @@ import ollama
 import openai
 import pytest
 from serving import Serving
+from tiny_models import write_tiny
 
-import isotherm
+from isotherm.types import QuantType
 
 MESSAGES: Any = [{"role": "user", "content": "the rain in spain"}]
-NUM_TOKENS = 450
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+NUM_TOKENS = 12_000  # seconds, as the greedy answer of this model ends nowhere
 
 
-def test_streams_are_told_of_the_end(tiny: Path, tmp_path: Path) -> None:
-    with isotherm.load(tiny, cache_bytes=0) as model:
-        assert model.generate(MESSAGES, max_tokens=NUM_TOKENS).num_tokens == NUM_TOKENS, "it must take long"
+def test_streams_are_told_of_the_end(tmp_path: Path) -> None:
+    metadata = {"tokenizer.chat_template": TEMPLATE}
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", QuantType.Q4_0, metadata=metadata, context_tokens=16384)
     asked: Any = {"model": "tiny", "messages": MESSAGES, "stream": True}
-    with Serving([str(tiny), "--shutdown-s", "0", "--threads", "1"], tmp_path) as server:
+    with Serving([str(path), "--shutdown-s", "0", "--threads", "1"], tmp_path) as server:
         server.wait_healthy()
         claude = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

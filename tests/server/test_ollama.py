@@ -128,6 +128,7 @@ def test_an_answer_in_a_form(client: ollama.Client, model: TextGenerator, form: 
         ("generate", {"template": "x"}, "template"),
         ("generate", {"images": ["aGk="]}, "images"),
         ("generate", {"raw": True, "system": "x"}, "system"),
+        ("generate", {"raw": True, "think": False}, "think"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(server: Serving, path: str, changed: dict[str, Any], names: str) -> None:

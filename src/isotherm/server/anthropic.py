@@ -56,7 +56,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     ask = replace(_ask(body), sampling=sampling, max_tokens=body.max_tokens, stop=stop, grammar=body.grammar())
     request.scope["isotherm.log"].model = body.model
     async with shelf.borrow(body.model) as worker:
-        _check_thinking(body, worker.model)
+        await _check_thinking(body, worker.model)
         exchange = await Exchange(shelf, ask, request.scope).__aenter__()
     message = _Message(exchange)
     if body.stream:
@@ -75,7 +75,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     ask = _ask(body)
     request.scope["isotherm.log"].model = body.model
     async with shelf.borrow(body.model) as worker:
-        _check_thinking(body, worker.model)
+        await _check_thinking(body, worker.model)
         ids = await asyncio.to_thread(prompt_ids, worker.model, ask)
     return {"input_tokens": len(ids)}
 
@@ -92,10 +92,10 @@ def _ask(body: Conversation) -> Ask:
     )
 
 
-def _check_thinking(body: Conversation, model: TextGenerator) -> None:
+async def _check_thinking(body: Conversation, model: TextGenerator) -> None:
     """`adaptive` asks for nothing that a model cannot do: it decides how much it thinks, which may be not at all."""
     if body.thinking and body.thinking.type == "disabled":
-        check_thinking(model, is_wanted=False)
+        await asyncio.to_thread(check_thinking, model, is_wanted=False)
 
 
 def _failure(error: ApiError) -> bytes:

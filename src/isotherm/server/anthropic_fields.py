@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Always, Never, Strict
+from isotherm.server.fields import JsonObject, Strict
 from isotherm.server.openai_fields import Stop
 from isotherm.server.output_format import schema_grammar
 from isotherm.types import Grammar
@@ -44,7 +45,7 @@ class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)]
-    input: dict[str, Any]
+    input: JsonObject
     cache_control: CacheControl | None = None
 
 
@@ -70,24 +71,21 @@ class ToolResultBlock(Strict):
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": content}
 
 
-UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
-AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
+UserBlocks = Annotated[
+    list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]],
+    Field(min_length=1),
+]
+AssistantBlocks = list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Annotated[
-        list[UserBlock],
-        BeforeValidator(_blocks, json_schema_input_type=str | list[UserBlock]),
-        Field(min_length=1),
-    ]
+    content: Annotated[UserBlocks, BeforeValidator(_blocks, json_schema_input_type=str | UserBlocks)]
 
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: Annotated[
-        list[AssistantBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[AssistantBlock])
-    ]
+    content: Annotated[AssistantBlocks, BeforeValidator(_blocks, json_schema_input_type=str | AssistantBlocks)]
 
 
 class SystemMessage(Strict):
@@ -98,15 +96,24 @@ class SystemMessage(Strict):
 Turn = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
 
 
+def _only(supported: bool) -> AfterValidator:
+    def check(value: bool) -> bool:
+        if value is not supported:
+            raise PydanticCustomError("unsupported", "it can only be {value} here", {"value": str(supported).lower()})
+        return value
+
+    return AfterValidator(check)
+
+
 class ToolField(Strict):
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     description: str | None = None
     type: Literal["custom"] | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
-    defer_loading: Never | None = None
-    eager_input_streaming: Always | None = None  # arguments come as they are computed
+    defer_loading: Annotated[bool, _only(False)] | None = None
+    eager_input_streaming: Annotated[bool, _only(True)] | None = None  # arguments come as they are computed
 
     def declaration(self) -> dict[str, Any]:
         function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
@@ -147,7 +154,7 @@ class Metadata(Strict):
 
 class SchemaFormat(Strict):
     type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
 
 
 class OutputConfig(Strict):

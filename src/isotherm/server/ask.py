@@ -248,7 +248,7 @@ def _prepare(model: TextGenerator, ask: Ask) -> _Task:
         return _Task(tuple(ask.prompt), ask.grammar)
     dialogue = model.dialogue
     if dialogue is None:
-        raise bad_request(f"{model.facts.name} has no chat template; ask it by /v1/completions", "messages")
+        raise bad_request(f"{ask.model} has no chat template; ask it by /v1/completions", "messages")
     tools = read_tools(ask.tools)
     choice = read_tool_choice(ask.tool_choice, tools)
     if not ask.is_parallel and choice.mode is ChoiceMode.AUTO:  # only a grammar can hold the model to one call

@@ -1,5 +1,6 @@
 """Ollama's /api/chat and /api/generate."""
 
+import asyncio
 import json
 import secrets
 import time
@@ -88,8 +89,8 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     """An answer to one prompt; without one the model is loaded, or unloaded."""
     if not body.prompt:
         return await _without_prompt(body, request, as_response)
-    if body.raw and body.system:
-        raise bad_request("raw takes the prompt as it is, without system", "system")
+    if body.raw and (body.system or body.think is not None):
+        raise bad_request("raw takes the prompt as it is, without system or think", "raw")
     ask = _ask(body, "", request)
     return await _answer(body, lambda model: replace(ask, prompt=_single_prompt(body, model)), request, as_response)
 
@@ -140,7 +141,7 @@ async def _answer(
         load_s = time.perf_counter() - started_s
         _check_context(body.options, worker.model.context_tokens)
         if body.think is not None:
-            check_thinking(worker.model, is_wanted=body.think)
+            await asyncio.to_thread(check_thinking, worker.model, is_wanted=body.think)
         exchange = await Exchange(shelf, ask_of(worker.model), request.scope).__aenter__()
     answer = _Answer(exchange, shape, Timing(started_s, load_s), wants_logprobs=bool(body.logprobs))
     if body.stream is not False:

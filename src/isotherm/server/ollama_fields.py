@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError, core_schema
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import JsonObject, Strict
 from isotherm.server.openai_fields import MAX_TOP_LOGPROBS, Stop
 from isotherm.server.output_format import schema_grammar
 from isotherm.server.shelf import FOREVER_S
@@ -114,7 +114,7 @@ class AnswerFields(Strict):
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     stream: bool | None = None
-    format: Literal["", "json"] | dict[str, Any] | None = None
+    format: Literal["", "json"] | JsonObject | None = None
     options: Options | None = None
     keep_alive: KeepAlive | None = None
     think: bool | None = None
@@ -139,7 +139,7 @@ class AnswerFields(Strict):
 
 class PastFunction(Strict):
     name: Annotated[str, Field(min_length=1)]
-    arguments: dict[str, Any]
+    arguments: JsonObject
     index: int | None = None
     description: str | None = None
 
@@ -167,7 +167,7 @@ class ChatRequest(AnswerFields):
     """/api/chat."""
 
     messages: list[ChatMessage] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[JsonObject] | None = None
     template: Annotated[None, Refused("a template comes with the model, never with a request; leave it out")] = None
 
     def prompt(self) -> tuple[dict[str, Any], ...]:

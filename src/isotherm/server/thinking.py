@@ -12,9 +12,9 @@ def check_thinking(model: TextGenerator, *, is_wanted: bool) -> None:
     dialogue = model.dialogue
     if dialogue is None or dialogue.reasoning is None:
         if is_wanted:
-            raise bad_request(f"{model.facts.name} does not think before it answers; leave it out", "think")
+            raise bad_request("this model does not think before it answers; leave it out", "think")
     elif not is_wanted and not _has_switch(dialogue):
-        raise bad_request(f"{model.facts.name} always thinks before it answers; leave it out", "think")
+        raise bad_request("this model always thinks before it answers; leave it out", "think")
 
 
 def _has_switch(dialogue: Dialogue) -> bool:
