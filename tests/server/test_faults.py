@@ -262,6 +262,26 @@ def test_malformed_bodies(server: Serving, data: st.DataObject) -> None:
     check_answer(httpx.post(f"{server.url}{path}", content=body[:start] + middle + body[end:], timeout=60))
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"type": "object", "properties": {"a": {"$ref": "#"}, "b": {"$ref": "#"}}, "required": ["a", "b"]},
+        {"$ref": "file:///etc/passwd"},
+        {"$ref": "http://localhost/x"},
+        {"type": "array", "minItems": 10**9, "items": {"type": "array", "minItems": 10**9}},
+        {"enum": list(range(20_000))},
+    ],
+    ids=["itself", "ring", "tree", "file", "address", "large", "long"],
+)
+def test_hostile_schemas(server: Serving, schema: Any) -> None:
+    format_ = {"type": "json_schema", "name": "x", "schema": schema}
+    body = {"model": "tiny", "input": "x", "max_output_tokens": 8, "text": {"format": format_}}
+    check_answer(httpx.post(f"{server.url}/v1/responses", json=body, timeout=30))
+    assert works(server)
+
+
 # --- models ---
 
 
@@ -289,17 +309,25 @@ def test_a_model_file_that_is_replaced(tmp_path: Path) -> None:
         got = httpx.post(f"{server.url}/v1/completions", json=PROMPT, timeout=60)
         return str(got.json()["choices"][0]["text"])
 
+    def unload(server: Serving) -> None:
+        got = httpx.post(f"{server.url}/api/generate", json={"model": "tiny", "keep_alive": 0})
+        assert got.json()["done_reason"] == "unload"
+
     with Serving([str(path), "--threads", "1"], tmp_path) as server:
         server.wait_healthy()
         assert answer(server) == expected[0]
         other.replace(path)
         assert answer(server) == expected[0]
-        path.write_bytes(b"GGUF, or not")
-        assert answer(server) == expected[0]
-    write_tiny(path, "llama", QuantType.Q4_0, seed=1)
-    with Serving([str(path), "--threads", "1"], tmp_path) as server:
-        server.wait_healthy()
+        unload(server)
         assert answer(server) == expected[1]
+        path.write_bytes(b"GGUF, or not")
+        assert answer(server) == expected[1]
+        unload(server)
+        refused = httpx.post(f"{server.url}/v1/completions", json=PROMPT, timeout=60)
+        assert refused.status_code == 500
+        assert "tiny.gguf" in refused.json()["error"]["message"]
+        write_tiny(path, "llama", QuantType.Q4_0)
+        assert answer(server) == expected[0]
 
 
 # --- TLS ---

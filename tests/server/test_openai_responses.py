@@ -2,19 +2,23 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from serving import Serving
+from tiny_models import write_tiny
 
+import isotherm
 from isotherm.dialogue.parts import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.ask import Delta
 from isotherm.server.response_input import Item, messages_of
 from isotherm.server.response_output import ResponseOutput
 from isotherm.text import TextGenerator
+from isotherm.types import QuantType
 
 MESSAGES: Any = [{"role": "system", "content": "the sea"}, {"role": "user", "content": "the rain in spain"}]
 ASKED: Any = {"model": "tiny", "instructions": "the sea", "input": "the rain in spain"}
@@ -140,6 +144,31 @@ def test_what_cannot_be_honoured_is_refused(client: openai.OpenAI, changed: dict
         client.post("/responses", body={**ASKED, **changed}, cast_to=object)
     assert raised.value.type == "invalid_request_error"
     assert (raised.value.param or "").startswith(param)
+
+
+def test_reasoning_is_an_item_of_its_own(tmp_path: Path) -> None:
+    """The template opens the block, which a tiny model never closes."""
+    template = "{{ messages[0].content }}{% if enable_thinking is not false %}<think>{% else %}</think>{% endif %}"
+    metadata = {"tokenizer.chat_template": template}
+    path = write_tiny(tmp_path / "thinker.gguf", "llama", QuantType.Q4_0, metadata=metadata)
+    with isotherm.load(path, cache_bytes=0) as alone:
+        thought = alone.generate("the rain<think>", raw=True, max_tokens=6)
+        said = alone.generate("the rain</think>", raw=True, max_tokens=6)
+    options: Any = {"model": "thinker", "input": "the rain", "max_output_tokens": 6}
+    with Serving([str(path), "--threads", "1"], tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.wait_healthy().url}/v1", api_key="none", max_retries=0)
+        events = list(client.responses.create(**options, stream=True))
+        last: Any = events[-1]
+        (item,) = last.response.output
+        assert item.type == "reasoning"
+        assert item.content[0].text == thought.text
+        assert "".join(event.delta for event in events if event.type == "response.reasoning_text.delta") == thought.text
+        assert last.response.usage.output_tokens_details.reasoning_tokens == thought.num_tokens
+        plain = client.responses.create(**options, reasoning={"effort": "none"})
+        assert plain.output_text == said.text
+        assert plain.reasoning is not None
+        assert plain.reasoning.effort == "none"
+        client.close()
 
 
 # --- translation, without a model ---

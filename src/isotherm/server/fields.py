@@ -1,9 +1,9 @@
 """How requests are read: by models that refuse what they do not know."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 class Strict(BaseModel):
@@ -22,3 +22,14 @@ def _check_writable(value: dict[str, Any]) -> dict[str, Any]:
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(_check_writable)]
+
+
+def _check_bool(value: Any) -> Any:
+    """Python takes 0 for False, JSON does not."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    return value
+
+
+Never = Annotated[Literal[False], BeforeValidator(_check_bool)]  # a field that may only be switched off
+Always = Annotated[Literal[True], BeforeValidator(_check_bool)]

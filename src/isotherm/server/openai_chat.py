@@ -12,7 +12,7 @@ from pydantic import Field
 from isotherm.dialogue import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet
 from isotherm.server.errors import ApiError, bad_request, openai_body
-from isotherm.server.fields import Strict
+from isotherm.server.fields import Never, Strict
 from isotherm.server.openai_fields import (
     HEAD,
     LOGPROB,
@@ -53,7 +53,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     metadata: dict[str, str] | None = None  # labels, as `user`
-    store: Literal[False] | None = None
+    store: Never | None = None
     service_tier: Literal["auto", "default"] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # GBNF, llama.cpp's

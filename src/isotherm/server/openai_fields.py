@@ -1,14 +1,14 @@
 """Fields that OpenAI's endpoints share. What cannot be honoured is refused."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from isotherm.answer import Answer
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import Strict
+from isotherm.server.fields import Never, Strict
 from isotherm.text import TextGenerator
 from isotherm.types import SamplingParams
 
@@ -43,7 +43,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Never | None = None
 
 
 class SamplingFields(Strict):

@@ -13,13 +13,15 @@ from pydantic import Field
 from isotherm.answer import Answer
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request
-from isotherm.server.fields import JsonObject, Strict
+from isotherm.server.fields import JsonObject, Never, Strict
 from isotherm.server.openai_fields import MAX_TOOLS, MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
 from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
 from isotherm.server.response_input import Item, messages_of
 from isotherm.server.response_output import ResponseOutput
+from isotherm.server.shelf import Shelf
 from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
+from isotherm.server.thinking import check_thinking
 from isotherm.types import Grammar, SamplingParams
 
 router = APIRouter()
@@ -96,8 +98,8 @@ class ResponsesRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: Never | None = None
+    background: Never | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
@@ -186,7 +188,12 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         is_parallel=body.parallel_tool_calls is not False,
         variables=body.variables(),
     )
-    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
+    shelf: Shelf = request.app.state.shelf
+    request.scope["isotherm.log"].model = body.model
+    async with shelf.borrow(body.model) as worker:
+        if body.variables():
+            check_thinking(worker.model, is_wanted=False)
+        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
     answer = _Response(exchange, body, wants_logprobs)
     if body.stream:
         return StreamedAnswer(exchange, answer.events(), answer.failure)

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from isotherm.server.errors import error_shape
+from isotherm.server.streaming import NDJSON, SSE
 
 # A shape is JSON in types: str, int, float, bool, dict (any object), None, [item], {"key": shape, "optional?": shape},
 # (one, or another).
@@ -23,6 +24,9 @@ _ERRORS = {
     "500": "The server failed.",
     "503": "The model is loaded, unloaded or does not fit now; `retry-after` may say when to try again.",
 }
+
+_EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+_ITEMS = {SSE: {**_EVENT, "required": ["data"]}, NDJSON: {"type": "object"}}
 
 
 def schema_of(shape: Shape) -> dict[str, Any]:
@@ -42,8 +46,8 @@ def schema_of(shape: Shape) -> dict[str, Any]:
 def document(shape: Shape, *, stream: str | None = None) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers JSON of a shape, or a stream of that media type where it is asked for."""
     content: dict[str, Any] = {"application/json": {"schema": schema_of(shape)}}
-    if stream:
-        content[stream] = {"schema": {"type": "string"}}
+    if stream:  # OpenAPI 3.2: itemSchema is of one event or line
+        content[stream] = {"itemSchema": _ITEMS[stream]}
     return {200: {"description": "The answer.", "content": content}}
 
 

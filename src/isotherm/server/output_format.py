@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from isotherm.server.errors import bad_request
-from isotherm.server.fields import JsonObject, Strict
+from isotherm.server.fields import Always, JsonObject, Strict
 from isotherm.types import Grammar
 
 _MAX_CHOICES = 1000
@@ -45,7 +45,7 @@ class StructuredOutputs(Strict):
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     grammar: str | None = None  # Lark
-    json_object: Literal[True] | None = None
+    json_object: Always | None = None
 
     def grammars(self) -> list[Grammar]:
         found = []
