@@ -326,6 +326,8 @@ class SequencePages:
         for table in self._tables:
             table.slide(num_tokens)
         wanted = pages_for(num_tokens + num_new)
+        if all(wanted <= table.end for table in self._tables):
+            return True
         if any(wanted - table.end > table.pool.num_available for table in self._tables):
             return False
         for table in self._tables:

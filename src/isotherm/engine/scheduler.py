@@ -129,8 +129,8 @@ class Scheduler:
         """Tokens of `job` that go into the step: num_new, or 0 where it has to wait for pages."""
         if job.pages is None:  # preempted for one of higher rank, in this very plan
             return 0
-        placed = {share.job for share in shares}
         while not job.pages.reserve(num_new):
+            placed = {share.job for share in shares}
             victim = next(other for other in reversed(self.running()) if other not in placed)
             if victim is job:  # the first ranked has its turn yet, and may take all: somebody is always placed
                 return 0

@@ -18,7 +18,7 @@ from isotherm.text import TextGenerator
 
 # Tokens that come faster than this go out together: nobody sees it, and sending each alone would cost a small model a
 # tenth of its speed.
-_LEAST_INTERVAL_S = 0.02
+_LEAST_INTERVAL_S = 0.03
 
 _LOG = logging.getLogger("isotherm.server")
 
