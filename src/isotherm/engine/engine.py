@@ -75,6 +75,8 @@ class Engine:
             stall_tokens=_LEAST_STALL_TOKENS,
             max_running=limits.max_running,
         )
+        # One array for all steps: a fresh one each would scatter the heap, and its memory would come page by page.
+        self._logits: F32 = np.empty((limits.max_running, self._vocab_size), np.float32)
         self._token_s = 0.0  # seconds of a token of a prompt, as recent steps tell; 0 until one did
         # Guards what follows, and the scheduler. Reentrant: a generator may be finalised while its thread holds it.
         self._changed = threading.Condition(threading.RLock())
@@ -236,12 +238,11 @@ class Engine:
         try:
             self._changed.release()
             self._compute(shares)
-            blocks = self._logits(sum(share.is_last for share in shares))
+            rows = iter(self._head(sum(share.is_last for share in shares)))
         finally:
             self._changed.acquire()
         with self._whole():
             self._scheduler.commit(shares)
-        rows = (row for block in blocks for row in block)
         decoding = [share.job.owner.num_chosen > 0 for share in shares]
         for share in shares:
             if share.is_last:
@@ -273,10 +274,11 @@ class Engine:
             sequences.append(program_batch.Sequence(len(share.token_ids), cached, share.pages.page_tables))
         self._compiled.forward(Batch(np.array(ids, np.int32), tuple(sequences), np.array(rows, np.int32)))
 
-    def _logits(self, num_rows: int) -> list[F32]:
-        return [
-            self._compiled.logits(first, min(_HEAD_ROWS, num_rows - first)) for first in range(0, num_rows, _HEAD_ROWS)
-        ]
+    def _head(self, num_rows: int) -> F32:
+        for first in range(0, num_rows, _HEAD_ROWS):
+            end = min(num_rows, first + _HEAD_ROWS)
+            self._compiled.logits(first, end - first, self._logits[first:end])
+        return self._logits[:num_rows]
 
     def _note(self, shares: list[Share], decoding: list[bool], plan_s: float, compute_s: float) -> None:
         for share, decodes in zip(shares, decoding, strict=True):

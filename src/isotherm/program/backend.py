@@ -36,8 +36,8 @@ class CompiledProgram(Protocol):
         An interrupt (Ctrl-C) stops it between ops and is raised; what it appended is then not to be used.
         """
 
-    def logits(self, first: int, count: int) -> NDArray[np.float32]:
-        """Logits [count, vocab_size] of the last batch's logit rows from `first` on."""
+    def logits(self, first: int, count: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Logits [count, vocab_size] of the last batch's logit rows from `first` on; in `out`, where that is given."""
 
     @property
     def page_bytes(self) -> tuple[int, ...]:

@@ -70,10 +70,11 @@ class CompiledCpu:
         finished = self._executor.run(batch.token_ids, sequences, batch.logit_rows)
         assert finished, "stopped, though nothing was raised"
 
-    def logits(self, first: int, count: int) -> F32:
+    def logits(self, first: int, count: int, out: F32 | None = None) -> F32:
         if self._walks is not None:
             self._walks.append(Walk(count, ()))
-        out: F32 = np.empty((count, self._program.logits.width), np.float32)
+        if out is None:
+            out = np.empty((count, self._program.logits.width), np.float32)
         finished = self._executor.head(first, out)
         assert finished, "stopped, though nothing was raised"
         return out

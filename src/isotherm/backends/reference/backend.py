@@ -83,14 +83,18 @@ class CompiledReference:
             self._step(op, self._values, batch)
         self.busy_s += time.perf_counter() - started
 
-    def logits(self, first: int, count: int) -> F32:
+    def logits(self, first: int, count: int, out: F32 | None = None) -> F32:
         batch = replace(self._batch, logit_rows=self._batch.logit_rows[first : first + count])
         started = time.perf_counter()
         values = dict(self._values)
         for op in self._program.ops[self._head :]:
             self._step(op, values, batch)
         self.busy_s += time.perf_counter() - started
-        return values[self._program.logits]
+        logits = values[self._program.logits]
+        if out is None:
+            return logits
+        out[:] = logits
+        return out
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
