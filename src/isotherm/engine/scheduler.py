@@ -84,6 +84,7 @@ class Scheduler:
         if job in self._jobs:
             self._jobs.remove(job)
             self._release(job)
+            job.owner = None  # each held the other, and with it a sampler as large as the vocabulary
 
     def preempt_all(self) -> None:
         """Every running job gives its pages back and waits; most of them are found again."""
