@@ -99,19 +99,20 @@ class Scheduler:
 
     def plan(self) -> list[Share]:
         """The next step; empty where nothing is left to do. What `commit` never hears of is planned again."""
-        for job in self.running():
-            if job.num_missing == 0:  # interrupted between commit and choice: its last token is computed once more
+        running = [(job, job.num_missing) for job in self.running()]
+        for job, num_missing in running:
+            if num_missing == 0:  # interrupted between commit and choice: its last token is computed once more
                 self._preempt(job)
         shares: list[Share] = []
-        for job in self.running():
-            if job.num_missing == 1:
+        for job, num_missing in running:
+            if num_missing == 1:
                 self._place(job, 1, shares)
         left = self._batch_tokens - len(shares)
         if shares:
             left = min(left, self.stall_tokens)
-        for job in self.running():
-            if left and job.pages and job.num_missing > 1:
-                left -= self._place(job, min(left, job.num_missing), shares)
+        for job, num_missing in running:
+            if left and num_missing > 1:
+                left -= self._place(job, min(left, num_missing), shares)
         for job in self.waiting():
             if not left or len(self.running()) == self._max_running:
                 break
