@@ -170,8 +170,8 @@ def test_tools_and_their_choice() -> None:
 
 def test_thinking_is_a_variable_of_the_template() -> None:
     user = {"role": "user", "content": "x"}
-    assert conversation(user).variables() == {}
-    assert conversation(user, thinking={"type": "adaptive"}).variables() == {"enable_thinking": True}
-    assert conversation(user, thinking={"type": "disabled"}).variables() == {"enable_thinking": False}
+    assert conversation(user).thinks() is None
+    assert conversation(user, thinking={"type": "adaptive"}).thinks() is None
+    assert conversation(user, thinking={"type": "disabled"}).thinks() is False
     with pytest.raises(ValidationError):
         conversation(user, thinking={"type": "enabled", "budget_tokens": 2048})

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from isotherm.server.anthropic_fields import Conversation, CountRequest, MessagesRequest
@@ -16,9 +15,7 @@ from isotherm.server.ask import Ask, Delta, Exchange, Outcome, Quiet, prompt_ids
 from isotherm.server.errors import ApiError, anthropic_body
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
-from isotherm.server.thinking import check_thinking
-from isotherm.text import TextGenerator
+from isotherm.server.streaming import SSE, event, respond
 from isotherm.types import SamplingParams
 
 router = APIRouter()
@@ -54,18 +51,10 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     )
     stop = tuple(body.stop_sequences or ())
     ask = replace(_ask(body), sampling=sampling, max_tokens=body.max_tokens, stop=stop, grammar=body.grammar())
-    request.scope["isotherm.log"].model = body.model
-    async with shelf.borrow(body.model) as worker:
-        await _check_thinking(body, worker.model)
-        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
+    exchange = await Exchange(shelf, ask, request.scope).__aenter__()
     message = _Message(exchange)
-    if body.stream:
-        return StreamedAnswer(exchange, message.events(), _failure)
-    try:
-        with Watch(exchange, request.receive):
-            return JSONResponse(await message.whole())
-    finally:
-        await exchange.__aexit__()
+    events = message.events() if body.stream else None
+    return await respond(exchange, request, message.whole, events, _failure)
 
 
 @router.post("/v1/messages/count_tokens", responses=document({"input_tokens": int}))
@@ -75,7 +64,6 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     ask = _ask(body)
     request.scope["isotherm.log"].model = body.model
     async with shelf.borrow(body.model) as worker:
-        await _check_thinking(body, worker.model)
         ids = await asyncio.to_thread(prompt_ids, worker.model, ask)
     return {"input_tokens": len(ids)}
 
@@ -88,14 +76,8 @@ def _ask(body: Conversation) -> Ask:
         tools=body.declarations(),
         tool_choice=body.choice(),
         is_parallel=body.is_parallel,
-        variables=body.variables(),
+        thinks=body.thinks(),
     )
-
-
-async def _check_thinking(body: Conversation, model: TextGenerator) -> None:
-    """`adaptive` asks for nothing that a model cannot do: it decides how much it thinks, which may be not at all."""
-    if body.thinking and body.thinking.type == "disabled":
-        await asyncio.to_thread(check_thinking, model, is_wanted=False)
 
 
 def _failure(error: ApiError) -> bytes:

@@ -204,9 +204,9 @@ class Conversation(Strict):
         chosen = self.output_config and self.output_config.format
         return schema_grammar(chosen.schema_) if chosen else None
 
-    def variables(self) -> dict[str, Any]:
-        """Names for the chat template."""
-        return {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
+    def thinks(self) -> bool | None:
+        """`adaptive` asks for nothing that a model cannot do: how much it thinks, if at all, it decides."""
+        return False if self.thinking and self.thinking.type == "disabled" else None
 
 
 class CountRequest(Conversation):

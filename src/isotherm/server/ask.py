@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
-from isotherm.answer import Answer, Piece
+from isotherm.answer import Answer, Piece, TextStream
 from isotherm.dialogue import (
     AnswerParser,
     ChoiceMode,
@@ -23,6 +24,7 @@ from isotherm.server.errors import bad_request
 from isotherm.server.gate import Scope
 from isotherm.server.logs import RequestLog
 from isotherm.server.shelf import Shelf
+from isotherm.server.thinking import check_thinking
 from isotherm.server.worker import Inbox, Progress, Reply, Worker
 from isotherm.text import TextGenerator
 from isotherm.types import Grammar, SamplingParams
@@ -35,8 +37,8 @@ class Ask:
     """What is asked of a model.
 
     prompt: text as it is, token ids, or messages as OpenAI's API writes them. tools and tool_choice: likewise.
-    grammar: what the answer must match; it is content then, with no reasoning before it. variables: for the chat
-    template, as enable_thinking. keep_alive_s: None for the server's own.
+    grammar: what the answer must match; it is content then, with no reasoning before it. thinks: whether it reasons
+    before it answers; None as its template has it. keep_alive_s: None for the server's own.
     """
 
     model: str
@@ -52,7 +54,7 @@ class Ask:
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, Any] | None = None
     is_parallel: bool = True  # several tool calls in one answer
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    thinks: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class Exchange:
     async def __aexit__(self, *_: object) -> None:
         self._timer.cancel()
         for reply in self._replies:
-            reply.cancel()
+            assert self._worker is not None
+            self._worker.leave(reply)
+        self._replies.clear()
         if answers := self.answers:
             cached = max(answer.num_cached_tokens for answer in answers)
             self._log.cached_tokens = (self._log.cached_tokens or 0) + cached
@@ -203,7 +207,7 @@ class Exchange:
     async def _start(self, index: int) -> None:
         assert self._worker is not None
         ask = self.ask
-        stream = await asyncio.to_thread(
+        starting = partial(
             self._worker.model.start,
             self.prompt_ids,
             max_tokens=ask.max_tokens,
@@ -214,6 +218,7 @@ class Exchange:
             priority=ask.priority,
             shown=self._task.shown,
         )
+        stream = await _in_thread(starting)
         self._parsers.append(self._task.new_parser())
         reply = Reply(index, stream, self._inbox, wants_progress=ask.wants_progress)
         self._replies.append(reply)
@@ -224,6 +229,16 @@ class Exchange:
             self._inbox.put(0, Quiet())
         self._has_news = False
         self._timer = asyncio.get_running_loop().call_later(_QUIET_S, self._tick)
+
+
+async def _in_thread(starting: Callable[[], TextStream]) -> TextStream:
+    """A thread cannot be cancelled: what it started for one who is gone is ended again."""
+    task = asyncio.ensure_future(asyncio.to_thread(starting))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(lambda done: None if done.exception() else done.result().close())
+        raise
 
 
 class ClientLeft(Exception):
@@ -242,6 +257,8 @@ class _Task:
 
 def _prepare(model: TextGenerator, ask: Ask) -> _Task:
     """Raises every IsothermError that a prompt can have."""
+    if ask.thinks is not None:
+        check_thinking(model.dialogue, is_wanted=ask.thinks)
     if isinstance(ask.prompt, str):
         return _Task(tuple(model.prompt_ids(ask.prompt, raw=True)), ask.grammar)
     if ask.prompt and isinstance(ask.prompt[0], int):
@@ -253,8 +270,8 @@ def _prepare(model: TextGenerator, ask: Ask) -> _Task:
     choice = read_tool_choice(ask.tool_choice, tools)
     if not ask.is_parallel and choice.mode is ChoiceMode.AUTO:  # only a grammar can hold the model to one call
         tools = tuple(replace(tool, is_strict=True) for tool in tools)
-    quiet = {"enable_thinking": False} if ask.grammar else {}
-    prompt = dialogue.render(ask.prompt, tools, choice, {**quiet, **ask.variables})
+    thinks = False if ask.thinks is None and ask.grammar else ask.thinks
+    prompt = dialogue.render(ask.prompt, tools, choice, {} if thinks is None else {"enable_thinking": thinks})
     ids = tuple(model.prompt_ids(prompt))
     forced = dialogue.grammar(prompt.text, tools, choice, is_parallel=ask.is_parallel)
     if ask.grammar and forced:

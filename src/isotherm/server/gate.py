@@ -101,7 +101,7 @@ class Gate:
             raise ApiError(401, "authentication_error", what, code="invalid_api_key")
 
     def _allows(self, origin: str, scope: Scope) -> bool:
-        same = urlsplit(origin).netloc == _header(scope, b"host")
+        same = origin.partition("://")[2] == _header(scope, b"host")
         return same or origin in self._policy.origins or "*" in self._policy.origins
 
     def _is_preflight(self, scope: Scope) -> bool:

@@ -1,6 +1,5 @@
 """Ollama's /api/chat and /api/generate."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -20,8 +19,7 @@ from isotherm.server.ollama_models import time_text
 from isotherm.server.openai_fields import LOGPROB, logprob_entries
 from isotherm.server.openapi import document
 from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import NDJSON, StreamedAnswer, Watch, compact
-from isotherm.server.thinking import check_thinking
+from isotherm.server.streaming import NDJSON, compact, respond
 from isotherm.text import TextGenerator
 
 router = APIRouter()
@@ -105,7 +103,7 @@ def _ask(body: AnswerFields, prompt: Prompt, request: Request) -> Ask:
         tuple(options.stop or ()),
         keep_alive_s=body.keep_alive,
         grammar=body.grammar(),
-        variables=body.variables(),
+        thinks=body.think,
     )
 
 
@@ -140,17 +138,10 @@ async def _answer(
     async with shelf.borrow(body.model, body.keep_alive) as worker:
         load_s = time.perf_counter() - started_s
         _check_context(body.options, worker.model.context_tokens)
-        if body.think is not None:
-            await asyncio.to_thread(check_thinking, worker.model, is_wanted=body.think)
         exchange = await Exchange(shelf, ask_of(worker.model), request.scope).__aenter__()
     answer = _Answer(exchange, shape, Timing(started_s, load_s), wants_logprobs=bool(body.logprobs))
-    if body.stream is not False:
-        return StreamedAnswer(exchange, answer.lines(), _failure, NDJSON)
-    try:
-        with Watch(exchange, request.receive):
-            return JSONResponse(await answer.whole())
-    finally:
-        await exchange.__aexit__()
+    lines = None if body.stream is False else answer.lines()
+    return await respond(exchange, request, answer.whole, lines, _failure, NDJSON)
 
 
 def _check_context(options: Options | None, held_tokens: int) -> None:

@@ -132,10 +132,6 @@ class AnswerFields(Strict):
             return None
         return schema_grammar(self.format if isinstance(self.format, dict) else None)
 
-    def variables(self) -> dict[str, Any]:
-        """Names for the chat template."""
-        return {} if self.think is None else {"enable_thinking": self.think}
-
 
 class PastFunction(Strict):
     name: Annotated[str, Field(min_length=1)]

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from isotherm.dialogue import Content, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
@@ -27,7 +26,7 @@ from isotherm.server.openai_fields import (
 )
 from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
-from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, event, respond
 from isotherm.server.worker import Progress
 
 router = APIRouter()
@@ -65,11 +64,10 @@ class ChatRequest(SamplingFields):
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         return bool(self.logprobs)
 
-    def variables(self) -> dict[str, Any]:
-        given = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+    def thinks(self) -> bool | None:
         if self.reasoning_effort == "none":
-            given = False
-        return {} if given is None else {"enable_thinking": given}
+            return False
+        return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
 
 _CALL = {"id": str, "type": str, "function": {"name": str, "arguments": str}}
@@ -98,18 +96,13 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         tools=tuple(body.tools or ()),
         tool_choice=body.tool_choice,
         is_parallel=body.parallel_tool_calls is not False,
-        variables=body.variables(),
+        thinks=body.thinks(),
     )
     exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     chat = _Chat(exchange, wants_logprobs)
-    if body.stream:
-        includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamedAnswer(exchange, chat.events(includes_usage), failure)
-    try:
-        with Watch(exchange, request.receive):
-            return JSONResponse(await chat.whole())
-    finally:
-        await exchange.__aexit__()
+    includes_usage = bool(body.stream_options and body.stream_options.include_usage)
+    events = chat.events(includes_usage) if body.stream else None
+    return await respond(exchange, request, chat.whole, events, failure)
 
 
 def failure(error: ApiError) -> bytes:

@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from isotherm.dialogue.parts import Content
@@ -21,7 +20,7 @@ from isotherm.server.openai_fields import HEAD, MIN_LOGPROB, TIMINGS, USAGE, Sam
 from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
 from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
+from isotherm.server.streaming import SSE, event, respond
 from isotherm.server.worker import Progress
 from isotherm.text import TextGenerator
 
@@ -95,14 +94,9 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     ]
     batch = await _Batch(request.app.state.shelf, asks, request.scope).__aenter__()
     completion = _Completion(batch, body)
-    if body.stream:
-        includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamedAnswer(batch, completion.events(includes_usage), failure)
-    try:
-        with Watch(batch, request.receive):
-            return JSONResponse(await completion.whole())
-    finally:
-        await batch.__aexit__()
+    includes_usage = bool(body.stream_options and body.stream_options.include_usage)
+    events = completion.events(includes_usage) if body.stream else None
+    return await respond(batch, request, completion.whole, events, failure)
 
 
 class _Batch:

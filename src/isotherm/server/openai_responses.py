@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from isotherm.answer import Answer
@@ -19,9 +18,7 @@ from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
 from isotherm.server.response_input import Item, messages_of
 from isotherm.server.response_output import ResponseOutput
-from isotherm.server.shelf import Shelf
-from isotherm.server.streaming import SSE, StreamedAnswer, Watch, event
-from isotherm.server.thinking import check_thinking
+from isotherm.server.streaming import SSE, event, respond
 from isotherm.types import Grammar, SamplingParams
 
 router = APIRouter()
@@ -123,9 +120,8 @@ class ResponsesRequest(Strict):
             raise bad_request(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
         return bool(self.include)
 
-    def variables(self) -> dict[str, Any]:
-        """For the chat template."""
-        return {"enable_thinking": False} if self.reasoning and self.reasoning.effort == "none" else {}
+    def thinks(self) -> bool | None:
+        return False if self.reasoning and self.reasoning.effort == "none" else None
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The params of this request; `defaults` where it is silent."""
@@ -186,22 +182,12 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         tools=tuple(tool.as_in_chat() for tool in body.tools or ()),
         tool_choice=choice.as_in_chat() if isinstance(choice, NamedTool) else choice,
         is_parallel=body.parallel_tool_calls is not False,
-        variables=body.variables(),
+        thinks=body.thinks(),
     )
-    shelf: Shelf = request.app.state.shelf
-    request.scope["isotherm.log"].model = body.model
-    async with shelf.borrow(body.model) as worker:
-        if body.variables():
-            check_thinking(worker.model, is_wanted=False)
-        exchange = await Exchange(shelf, ask, request.scope).__aenter__()
+    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     answer = _Response(exchange, body, wants_logprobs)
-    if body.stream:
-        return StreamedAnswer(exchange, answer.events(), answer.failure)
-    try:
-        with Watch(exchange, request.receive):
-            return JSONResponse(await answer.whole())
-    finally:
-        await exchange.__aexit__()
+    events = answer.events() if body.stream else None
+    return await respond(exchange, request, answer.whole, events, answer.failure)
 
 
 class _Response:

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from fastapi import Response
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 from isotherm.server.ask import ClientLeft
 from isotherm.server.errors import ApiError, api_error
@@ -46,6 +47,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._task.cancel()
+        del self._task  # which holds, by the traceback of its end, this: a ring that only the collector would take
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -89,3 +91,21 @@ class StreamedAnswer(Response):
             scope["isotherm.log"].error = described.message
             await send({"type": "http.response.body", "body": self._failure(described), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+async def respond(
+    exchange: Running,
+    request: Request,
+    whole: Callable[[], Awaitable[dict[str, Any]]],
+    events: AsyncIterator[bytes] | None,
+    failure: Callable[[ApiError], bytes],
+    media_type: str = SSE,
+) -> Response:
+    """The answer to a request, as `events` where they are wanted, else whole. The exchange is left at the end."""
+    if events is not None:
+        return StreamedAnswer(exchange, events, failure, media_type)
+    try:
+        with Watch(exchange, request.receive):
+            return JSONResponse(await whole())
+    finally:
+        await exchange.__aexit__()

@@ -2,14 +2,12 @@
 
 from isotherm.dialogue import Dialogue
 from isotherm.server.errors import bad_request
-from isotherm.text import TextGenerator
 
 _PROBE = ({"role": "user", "content": "probed"},)
 
 
-def check_thinking(model: TextGenerator, *, is_wanted: bool) -> None:
-    """Raises ApiError where the model cannot think, or cannot be kept from it."""
-    dialogue = model.dialogue
+def check_thinking(dialogue: Dialogue | None, *, is_wanted: bool) -> None:
+    """Raises ApiError where the model cannot think, or cannot be kept from it. dialogue: None of a model without."""
     if dialogue is None or dialogue.reasoning is None:
         if is_wanted:
             raise bad_request("this model does not think before it answers; leave it out", "think")

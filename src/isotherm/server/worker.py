@@ -74,7 +74,7 @@ class Reply:
 
 
 class Worker:
-    """Owns a model. `start` and `close` may be called from any thread, the rest from the event loop."""
+    """Owns a model. `close` may be called from any thread, the rest from the event loop."""
 
     def __init__(self, model: TextGenerator, loop: asyncio.AbstractEventLoop, meters: Meters, max_waiting: int) -> None:
         self.model = model
@@ -83,7 +83,9 @@ class Worker:
         self._max_answers = model.facts.parallel + max_waiting
         self._num_answers = 0  # asked for and not ended
         self._new: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        self._replies: list[Reply] = []
+        self._replies: list[Reply] = []  # the thread's
+        self._asked: set[Reply] = set()  # the loop's
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="compute answers", daemon=True)
         self._thread.start()
 
@@ -105,17 +107,28 @@ class Worker:
             self._num_answers -= num_answers
 
     def start(self, reply: Reply) -> None:
+        """From now on it is computed. Raises ApiError where the model was unloaded meanwhile."""
+        if self._is_closed:
+            reply.stream.close()
+            raise ApiError(503, "unavailable_error", "the model was unloaded")
+        self._asked.add(reply)
         self._new.put(reply)
+
+    def leave(self, reply: Reply) -> None:
+        """Nobody waits for it any more, ended or not."""
+        reply.cancel()
+        self._asked.discard(reply)
 
     def abort(self, error: ApiError) -> None:
         """Ends all answers, and tells whoever waits for one."""
-        for reply in list(self._replies):
+        for reply in self._asked:
             if not reply.is_cancelled:
                 reply.inbox.put(reply.index, error)
                 reply.cancel()
 
     def close(self) -> None:
         """Ends the thread, once the step that runs is done, and gives the model's memory back."""
+        self._is_closed = True
         self._new.put(None)
         self._thread.join()
         self.model.close()
