@@ -148,6 +148,8 @@ class Engine:
     def num_answer_tokens(self, request: Request) -> int:
         """How many tokens the answer may have. Raises ContextOverflow where there is room for none, OptionError."""
         check_sampling(request.sampling, self._vocab_size)
+        if not request.prompt_ids:
+            raise OptionError("the prompt has no tokens; pass some")
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._vocab_size:
             raise OptionError(f"token ids of the prompt must lie in 0..{self._vocab_size - 1}")
         self.check_room(len(request.prompt_ids) + 1, "the prompt and one token of an answer")
