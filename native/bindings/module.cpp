@@ -15,6 +15,7 @@ void bind_probe(nb::module_& m);
 void bind_strings(nb::module_& m);
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a model that is open when the process ends is nobody's mistake
   m.def(
       "available_isas",
       [] {
