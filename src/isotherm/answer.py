@@ -6,6 +6,7 @@ from typing import Self
 from isotherm.engine.engine import Engine
 from isotherm.engine.request import Request, RunFacts
 from isotherm.engine.sampling import SampledToken
+from isotherm.tokenization.partial_marker import num_undecided
 from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer
 
 
@@ -133,19 +134,11 @@ class _StopFilter:
         if found:
             at, self.stopped_by = min(found)
             return self._emit(at)
-        return self._emit(len(self._held) - self._num_undecided())
+        return self._emit(len(self._held) - num_undecided(self._held, self._stop))
 
     def finish(self, text: str) -> str:
         """The rest, once no more text can follow."""
         return self.push(text) + ("" if self.stopped else self._emit(len(self._held)))
-
-    def _num_undecided(self) -> int:
-        """Length of the longest end of the held text that some stop string starts with."""
-        longest = max((len(string) for string in self._stop), default=0)
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(string.startswith(self._held[-size:]) for string in self._stop):
-                return size
-        return 0
 
     def _emit(self, size: int) -> str:
         piece, self._held = self._held[:size], self._held[size:]

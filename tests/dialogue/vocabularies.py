@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from tokenizer_specs import spec_of
+
 from isotherm.tokenization.tokenizer import Tokenizer, build_tokenizer
-from isotherm.types import TokenizerSpec
 
 NUM_BYTES = 256
 
@@ -19,20 +20,5 @@ def byte_tokenizer(control: Sequence[str] = (), user_defined: Sequence[str] = ()
     """Ids 0 to 255 are bytes in order; then "<|end|>", which ends answers, then `control`, then `user_defined`."""
     tokens = (*byte_texts(), "<|end|>", *control, *user_defined)
     types = [1] * NUM_BYTES + [3] * (1 + len(control)) + [4] * len(user_defined)
-    spec = TokenizerSpec(
-        model="gpt2",
-        pre="gpt-2",
-        tokens=tokens,
-        token_types=tuple(types),
-        scores=(),
-        merges=(),
-        bos_id=None,
-        eos_id=NUM_BYTES,
-        eot_id=None,
-        unknown_id=None,
-        add_bos=False,
-        add_eos=False,
-        add_space_prefix=False,
-        chat_template=None,
-    )
+    spec = spec_of("gpt2", dict(zip(tokens, types, strict=True)), eos_id=NUM_BYTES)
     return build_tokenizer(spec)

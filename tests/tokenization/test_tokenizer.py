@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_specs import spec_of
 
 from isotherm.errors import ModelFileError, OptionError, UnsupportedModel
 from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer, build_tokenizer
@@ -17,27 +18,6 @@ from isotherm.types import TokenizerSpec
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTE_CHARS = [chr(b) for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]]
 BYTE_CHARS += [chr(0x100 + i) for i in range(256 - len(BYTE_CHARS))]
-
-
-def spec_of(model: str, tokens: dict[str, int], **fields: object) -> TokenizerSpec:
-    """A spec with these tokens and types, and nothing special but what `fields` says."""
-    spec = TokenizerSpec(
-        model=model,
-        pre="gpt-2",
-        tokens=tuple(tokens),
-        token_types=tuple(tokens.values()),
-        scores=(),
-        merges=(),
-        bos_id=None,
-        eos_id=None,
-        eot_id=None,
-        unknown_id=None,
-        add_bos=False,
-        add_eos=False,
-        add_space_prefix=False,
-        chat_template=None,
-    )
-    return replace(spec, **fields)  # type: ignore[arg-type]
 
 
 def bpe_spec(merges: Sequence[str] = (), special: dict[str, int] | None = None, **fields: object) -> TokenizerSpec:

@@ -142,7 +142,7 @@ class Settings:
             cache_bytes=int(self.cache_gib * _GIB),
             offline=self.offline,
             kv=self.kv,
-            kv_dir=self.kv_dir or None,
+            kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
         )
 

@@ -1,11 +1,12 @@
 """Splits an answer, as its text comes, into reasoning, content and tool calls."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from isotherm.dialogue.json_scan import JsonScan
 from isotherm.dialogue.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from isotherm.dialogue.reasoning import ReasoningBlock
 from isotherm.dialogue.tool_formats import BARE, Block, Cursor, MoreText, NoCall, ToolCall, ToolFormat
+from isotherm.tokenization.partial_marker import num_undecided
 
 _SPACE = " \t\r\n"
 
@@ -197,12 +198,6 @@ class AnswerParser:
     def _ends_in_markup(self, kind: type[Content] | type[Reasoning]) -> bool:
         return kind is Reasoning or self._format is not None
 
-    def _num_undecided(self, markers: Iterable[str]) -> int:
-        """Length of the longest end of what is held that some marker starts with."""
-        if self._is_end:
-            return 0
-        longest = max((len(marker) for marker in markers), default=0)
-        for size in range(min(longest - 1, len(self._held)), 0, -1):
-            if any(marker.startswith(self._held[-size:]) for marker in markers):
-                return size
-        return 0
+    def _num_undecided(self, markers: Collection[str]) -> int:
+        """How much of the end of what is held may still become a marker."""
+        return 0 if self._is_end else num_undecided(self._held, markers)
