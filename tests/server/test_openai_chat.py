@@ -131,6 +131,8 @@ def test_the_prompt_is_cached_and_its_progress_told(client: openai.OpenAI) -> No
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stop": [""]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"return_progress": True}, "return_progress"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),

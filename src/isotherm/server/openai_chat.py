@@ -80,7 +80,7 @@ _CHAT = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings": TIMINGS}
 @router.post("/v1/chat/completions", responses=document(_CHAT, stream=SSE))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """An answer to a conversation."""
-    wants_logprobs = body.wants_logprobs
+    wants_logprobs, streams = body.wants_logprobs, body.streams()
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise bad_request("give max_completion_tokens or max_tokens, not both", "max_tokens")
     ask = Ask(
@@ -101,7 +101,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
     chat = _Chat(exchange, wants_logprobs)
     includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = chat.events(includes_usage) if body.stream else None
+    events = chat.events(includes_usage) if streams else None
     return await respond(exchange, request, chat.whole, events, failure)
 
 

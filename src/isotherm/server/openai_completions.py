@@ -78,6 +78,7 @@ _COMPLETION = {**HEAD, "choices": [_CHOICE], "usage": USAGE, "timings?": TIMINGS
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Goes on from one prompt or several; choice `i` of prompt `p` has the index `p * n + i`."""
     body.check()
+    streams = body.streams()
     asks = [
         Ask(
             body.model,
@@ -95,7 +96,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     batch = await _Batch(request.app.state.shelf, asks, request.scope).__aenter__()
     completion = _Completion(batch, body)
     includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = completion.events(includes_usage) if body.stream else None
+    events = completion.events(includes_usage) if streams else None
     return await respond(batch, request, completion.whole, events, failure)
 
 

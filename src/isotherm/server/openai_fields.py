@@ -68,6 +68,13 @@ class SamplingFields(Strict):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     return_progress: bool = False
 
+    def streams(self) -> bool:
+        """Raises ApiError for what only a stream can tell."""
+        if not self.stream and (self.stream_options or self.return_progress):
+            field = "stream_options" if self.stream_options else "return_progress"
+            raise bad_request(f"{field} needs stream: true", field)
+        return bool(self.stream)
+
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
