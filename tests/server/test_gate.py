@@ -1,5 +1,6 @@
 """Who may ask, and how the server begins and ends."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -97,6 +98,14 @@ def test_what_is_not_safe_is_refused(tiny: Path, arguments: list[str], says: str
     )
     assert run.returncode == 2
     assert says in run.stderr
+
+
+def test_nothing_to_serve(tmp_path: Path) -> None:
+    empty = {"ISOTHERM_CACHE": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "isotherm", "serve"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **empty})
+    assert run.returncode == 1
+    assert "isotherm serve smollm2" in run.stderr
 
 
 def test_a_port_in_use(tiny: Path) -> None:

@@ -10,6 +10,7 @@ from isotherm.cli.console import TerminalReporter
 from isotherm.cli.flags import complete_model, takes
 from isotherm.cli.loading import path_on_disk
 from isotherm.cli.settings import LOADING, SAMPLING, SERVING, Settings
+from isotherm.errors import ModelNotFound
 
 if TYPE_CHECKING:
     from isotherm.server.model_card import ModelCard
@@ -54,6 +55,9 @@ def serve(
     slots = named or [
         Slot(model.name, model.name, settings.keep_alive_s, partial(_card, model.name)) for model in local_models()
     ]
+
+    if not slots:
+        raise ModelNotFound("no model is on this disk; `isotherm serve smollm2` fetches one and serves it")
 
     def load(source: str) -> "TextGenerator":
         import isotherm
