@@ -51,11 +51,11 @@ def test_an_answer_is_the_models(claude: anthropic.Anthropic, model: TextGenerat
 
 
 def test_sampling_reaches_the_model(claude: anthropic.Anthropic, model: TextGenerator) -> None:
-    """One candidate is left whatever the temperature."""
+    """One candidate is left whatever the temperature; an answer drawn freely may be empty."""
     got = claude.messages.create(**OPTIONS, extra_body={"temperature": 1.0, "top_k": 1, "top_p": 0.5})
     assert text_of(got) == model.generate(PROMPT, max_tokens=12).text
-    drawn = {text_of(claude.messages.create(**OPTIONS, extra_body={"temperature": 1.0})) for _ in range(3)}
-    assert len(drawn) > 1
+    drawn = [claude.messages.create(**OPTIONS, extra_body={"temperature": 1.0}).content for _ in range(8)]
+    assert any(content != drawn[0] for content in drawn)
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(claude: anthropic.Anthropic) -> None:
