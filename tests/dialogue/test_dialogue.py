@@ -296,6 +296,7 @@ FIRST_CALL = "messages[0].tool_calls[0]"
         ([*CONVERSATION[:2], {"role": "user", "content": "x"}, CONVERSATION[2]], "messages[3]"),
         ([{"role": "assistant", "tool_calls": [{"function": {}}]}], f"{FIRST_CALL}.function.name"),
         ([{"role": "assistant", "tool_calls": ["x"]}], FIRST_CALL),
+        ([{"role": "assistant", "tool_calls": [call("now", "{}", "1")] * 257}], "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": [call("now", "{", "1")]}], f"{FIRST_CALL}.function.arguments"),
         ([{"role": "assistant", "tool_calls": [call("now", [1], "1")]}], f"{FIRST_CALL}.function.arguments"),
         ([{"role": "assistant", "tool_calls": [call("now", "{}", "1") | {"id": 1}]}], f"{FIRST_CALL}.id"),

@@ -137,6 +137,7 @@ def test_a_conversation_comes_whole(client: openai.OpenAI, model: TextGenerator)
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text"),
         ({"metadata": {"a": 1}}, "metadata"),
         ({"n": 2}, "n"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(client: openai.OpenAI, changed: dict[str, Any], param: str) -> None:
@@ -201,6 +202,8 @@ def test_items_become_messages() -> None:
         {**call, "call_id": "3", "name": "f"},
         thought,
         {"role": "assistant", "content": "done"},
+        {"type": "function_call_output", "call_id": "3", "output": "three"},
+        {"role": "assistant", "content": "so"},
         {"role": "assistant", "content": "really"},
     )
     assert messages_of("first", items) == (
@@ -215,9 +218,9 @@ def test_items_become_messages() -> None:
         },
         {"role": "tool", "content": "one", "tool_call_id": "1"},
         {"role": "tool", "content": "two", "tool_call_id": "2"},
-        {"role": "assistant", "content": "", "tool_calls": [call_of("f", "3")]},
-        {"role": "assistant", "content": "done", "reasoning_content": "hm"},
-        {"role": "assistant", "content": "really"},
+        {"role": "assistant", "content": "done", "reasoning_content": "hm", "tool_calls": [call_of("f", "3")]},
+        {"role": "tool", "content": "three", "tool_call_id": "3"},
+        {"role": "assistant", "content": "so\nreally"},
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from isotherm.dialogue.json_scan import object_of
 from isotherm.errors import MessageError
 
+MAX_CALLS = 256  # of one answer
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {
     "assistant": ("role", "content", "name", "tool_calls", "reasoning_content"),
@@ -78,6 +79,8 @@ def _read_message(message: Any, field: str) -> ChatMessage:
     calls = message.get("tool_calls") or ()
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise MessageError(f"{field}.tool_calls", "must be a list")
+    if len(calls) > MAX_CALLS:
+        raise MessageError(f"{field}.tool_calls", f"has {len(calls)} calls, the limit is {MAX_CALLS}")
     content = message.get("content")
     if content is None and role != "assistant":
         raise MessageError(f"{field}.content", "is missing")

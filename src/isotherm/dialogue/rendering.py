@@ -77,17 +77,14 @@ def _with_tools(messages: list[ChatMessage], text: str, *, has_system_role: bool
 def one_call_a_message(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Splits answers of several calls into one each, followed by its result (Llama 3)."""
     split: list[ChatMessage] = []
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and len(message.calls) > 1:
-            results = []
-            for follower in messages[index + 1 :]:
-                if follower.role != "tool":
-                    break
-                results.append(follower)
-            for call in message.calls:
-                split.append(replace(message, calls=(call,)))
-                split += [result for result in results if result.answered is call]
-        elif message.role != "tool" or all(message is not done for done in split):
+    results: dict[int, list[ChatMessage]] = {}
+    for message in messages:
+        if message.answered is not None:
+            results.setdefault(id(message.answered), []).append(message)
+    for message in messages:
+        for call in message.calls:
+            split += [replace(message, calls=(call,)), *results.get(id(call), ())]
+        if not message.calls and message.answered is None:
             split.append(message)
     return split
 

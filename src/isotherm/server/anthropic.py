@@ -51,10 +51,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     )
     stop = tuple(body.stop_sequences or ())
     ask = replace(_ask(body), sampling=sampling, max_tokens=body.max_tokens, stop=stop, grammar=body.grammar())
-    exchange = await Exchange(shelf, ask, request.scope).__aenter__()
-    message = _Message(exchange)
-    events = message.events() if body.stream else None
-    return await respond(exchange, request, message.whole, events, _failure)
+    return await respond(Exchange(shelf, ask, request.scope), request, _Message, streams=bool(body.stream))
 
 
 @router.post("/v1/messages/count_tokens", responses=document({"input_tokens": int}))
@@ -80,10 +77,6 @@ def _ask(body: Conversation) -> Ask:
     )
 
 
-def _failure(error: ApiError) -> bytes:
-    return event(anthropic_body(error), "error")
-
-
 class _Message:
     """One exchange in Anthropic's words."""
 
@@ -104,7 +97,7 @@ class _Message:
         self._blocks.end()
         return {**self._head, "content": self._blocks.content, **self._stop(), "usage": self._usage()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncIterator[bytes]:
         nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         yield _event({"type": "message_start", "message": {**self._head, **nothing, "usage": self._usage()}})
         yield _event({"type": "ping"})
@@ -119,6 +112,9 @@ class _Message:
             yield _event(part)
         yield _event({"type": "message_delta", "delta": self._stop(), "usage": self._usage()})
         yield _event({"type": "message_stop"})
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(anthropic_body(error), "error")
 
     @property
     def _outcome(self) -> Outcome:

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -138,20 +139,15 @@ async def _answer(
     async with shelf.borrow(body.model, body.keep_alive) as worker:
         load_s = time.perf_counter() - started_s
         _check_context(body.options, worker.model.context_tokens)
-        exchange = await Exchange(shelf, ask_of(worker.model), request.scope).__aenter__()
-    answer = _Answer(exchange, shape, Timing(started_s, load_s), wants_logprobs=bool(body.logprobs))
-    lines = None if body.stream is False else answer.lines()
-    return await respond(exchange, request, answer.whole, lines, _failure, NDJSON)
+        exchange = Exchange(shelf, ask_of(worker.model), request.scope)
+        word = partial(_Answer, shape, Timing(started_s, load_s), bool(body.logprobs))
+        return await respond(exchange, request, word, streams=body.stream is not False, media_type=NDJSON)
 
 
 def _check_context(options: Options | None, held_tokens: int) -> None:
     if options and options.num_ctx is not None and options.num_ctx > held_tokens:
         reason = f"num_ctx is {options.num_ctx}, the model is loaded with a context of {held_tokens}"
         raise bad_request(f"{reason}; ask for less, or start the server with --ctx", "options.num_ctx")
-
-
-def _failure(error: ApiError) -> bytes:
-    return _line(ollama_body(error))
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -161,7 +157,7 @@ def _line(value: dict[str, Any]) -> bytes:
 class _Answer:
     """One exchange in Ollama's words."""
 
-    def __init__(self, exchange: Exchange, shape: Shape, timing: Timing, *, wants_logprobs: bool) -> None:
+    def __init__(self, shape: Shape, timing: Timing, wants_logprobs: bool, exchange: Exchange) -> None:
         self._exchange = exchange
         self._shape = shape
         self._timing = timing
@@ -177,7 +173,7 @@ class _Answer:
         (answer,) = self._exchange.answers
         return {**self._record(said, answer.tokens), **self._end()}
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncIterator[bytes]:
         async for _, news in self._exchange.news():
             match news:
                 case Quiet():
@@ -187,6 +183,9 @@ class _Answer:
                     if said != Said() or (self._wants_logprobs and news.tokens):
                         yield _line({**self._record(said, news.tokens), "done": False})
         yield _line({**self._record(Said(), ()), **self._end()})
+
+    def failure(self, error: ApiError) -> bytes:
+        return _line(ollama_body(error))
 
     def _record(self, said: Said, tokens: tuple[SampledToken, ...]) -> dict[str, Any]:
         head = {"model": self._exchange.ask.model, "created_at": time_text(time.time())}

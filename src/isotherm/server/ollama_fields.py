@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError, core_schema
 
+from isotherm.dialogue.messages import MAX_CALLS
 from isotherm.server.errors import bad_request
 from isotherm.server.fields import JsonObject, Strict
 from isotherm.server.openai_fields import MAX_TOP_LOGPROBS, Stop
@@ -81,16 +82,7 @@ class Options(Strict):
     tfs_z: Annotated[None, Refused("is not supported; leave it out", (1.0,))] = None
     mirostat: Annotated[None, Refused("is not supported; leave it out", (0,))] = None
     num_thread: Annotated[None, Refused("is decided where the server is started: --threads", (0,))] = None
-    num_gpu: Annotated[
-        None,
-        Refused(
-            "there is no GPU in use; leave it out",
-            (
-                0,
-                -1,
-            ),
-        ),
-    ] = None
+    num_gpu: Annotated[None, Refused("there is no GPU in use; leave it out", (0, -1))] = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -153,7 +145,7 @@ class ChatMessage(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    tool_calls: list[PastCall] | None = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=MAX_CALLS)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
     images: NoImages = None

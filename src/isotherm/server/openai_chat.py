@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -98,23 +99,18 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         is_parallel=body.parallel_tool_calls is not False,
         thinks=body.thinks(),
     )
-    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
-    chat = _Chat(exchange, wants_logprobs)
-    includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = chat.events(includes_usage) if streams else None
-    return await respond(exchange, request, chat.whole, events, failure)
-
-
-def failure(error: ApiError) -> bytes:
-    return event(openai_body(error))
+    exchange = Exchange(request.app.state.shelf, ask, request.scope)
+    return await respond(exchange, request, partial(_Chat, wants_logprobs, body.includes_usage), streams=streams)
 
 
 class _Chat:
     """One exchange in OpenAI's words."""
 
-    def __init__(self, exchange: Exchange, wants_logprobs: bool) -> None:
-        self._exchange = exchange
+    def __init__(self, wants_logprobs: bool, includes_usage: bool, exchange: Exchange) -> None:
+        """includes_usage: a stream ends with it."""
         self._wants_logprobs = wants_logprobs
+        self._includes_usage = includes_usage
+        self._exchange = exchange
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
@@ -138,9 +134,9 @@ class _Chat:
         facts = {"usage": usage(len(self._exchange.prompt_ids), answers), "timings": timings(answers[0])}
         return {**self._head, "choices": choices, **facts}
 
-    async def events(self, includes_usage: bool) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncIterator[bytes]:
         head = {**self._head, "object": "chat.completion.chunk"}
-        if includes_usage:
+        if self._includes_usage:
             head["usage"] = None
         for index in range(self._exchange.ask.num_answers):
             yield _chunk(head, index, {"role": "assistant", "content": ""})
@@ -159,10 +155,13 @@ class _Chat:
                     if news.answer:
                         more = {"timings": timings(news.answer)}
                         yield _chunk({**head, **more}, index, {}, None, news.finish_reason)
-        if includes_usage:
+        if self._includes_usage:
             counts = usage(len(self._exchange.prompt_ids), self._exchange.answers)
             yield event({**head, "choices": [], "usage": counts})
         yield b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(openai_body(error))
 
     def _logprobs(self, tokens: tuple[Any, ...]) -> dict[str, Any] | None:
         if not self._wants_logprobs:

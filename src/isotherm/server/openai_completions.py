@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Request, Response
@@ -13,9 +14,9 @@ from pydantic import Field
 from isotherm.dialogue.parts import Content
 from isotherm.engine.sampling import SampledToken
 from isotherm.server.ask import Ask, Delta, Exchange, News, Outcome, Quiet
-from isotherm.server.errors import bad_request
+from isotherm.server.errors import ApiError, bad_request, openai_body
 from isotherm.server.gate import Scope
-from isotherm.server.openai_chat import failure, progress
+from isotherm.server.openai_chat import progress
 from isotherm.server.openai_fields import HEAD, MIN_LOGPROB, TIMINGS, USAGE, SamplingFields, timings, usage
 from isotherm.server.openapi import document
 from isotherm.server.output_format import ResponseFormat, StructuredOutputs, grammar_of
@@ -93,11 +94,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         )
         for prompt in body.prompts()
     ]
-    batch = await _Batch(request.app.state.shelf, asks, request.scope).__aenter__()
-    completion = _Completion(batch, body)
-    includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-    events = completion.events(includes_usage) if streams else None
-    return await respond(batch, request, completion.whole, events, failure)
+    batch = _Batch(request.app.state.shelf, asks, request.scope)
+    return await respond(batch, request, partial(_Completion, body), streams=streams)
 
 
 class _Batch:
@@ -167,8 +165,9 @@ class _Batch:
 class _Completion:
     """A batch in OpenAI's words."""
 
-    def __init__(self, batch: _Batch, body: CompletionRequest) -> None:
+    def __init__(self, body: CompletionRequest, batch: _Batch) -> None:
         self._batch = batch
+        self._includes_usage = body.includes_usage
         self._wants_logprobs = body.logprobs is not None
         self._num_answers = body.n or 1
         self._prompts = [_text(exchange) for exchange in batch.exchanges] if body.echo else None
@@ -193,8 +192,8 @@ class _Completion:
             described["timings"] = timings(self._batch.exchanges[0].answers[0])
         return described
 
-    async def events(self, includes_usage: bool) -> AsyncIterator[bytes]:
-        head = {**self._head, "usage": None} if includes_usage else self._head
+    async def parts(self) -> AsyncIterator[bytes]:
+        head = {**self._head, "usage": None} if self._includes_usage else self._head
         for index in range(len(self._batch.outcomes) if self._prompts else 0):
             yield event({**head, "choices": [self._choice(index, self._echo(index), (), None)]})
         async for index, news in self._batch.news():
@@ -209,9 +208,12 @@ class _Completion:
                         more = {"timings": timings(news.answer)} if news.answer else {}
                         choice = self._choice(index, text, news.tokens, news.finish_reason)
                         yield event({**head, **more, "choices": [choice]})
-        if includes_usage:
+        if self._includes_usage:
             yield event({**head, "choices": [], "usage": self._batch.usage()})
         yield b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(openai_body(error))
 
     def _echo(self, index: int) -> str:
         return self._prompts[index // self._num_answers] if self._prompts else ""

@@ -75,6 +75,10 @@ class SamplingFields(Strict):
             raise bad_request(f"{field} needs stream: true", field)
         return bool(self.stream)
 
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

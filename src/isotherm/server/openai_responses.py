@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +14,7 @@ from isotherm.answer import Answer
 from isotherm.server.ask import Ask, Delta, Exchange, Quiet
 from isotherm.server.errors import ApiError, bad_request
 from isotherm.server.fields import JsonObject, Never, Strict
-from isotherm.server.openai_fields import MAX_TOOLS, MAX_TOP_LOGPROBS, TIMINGS, StreamOptions, logprob_entries, timings
+from isotherm.server.openai_fields import MAX_TOOLS, MAX_TOP_LOGPROBS, TIMINGS, logprob_entries, timings
 from isotherm.server.openapi import document
 from isotherm.server.output_format import JsonFormat, TextFormat, schema_grammar
 from isotherm.server.response_input import Item, messages_of
@@ -74,6 +75,10 @@ class ReasoningOptions(Strict):
     summary: None = None
 
 
+class ResponseStreamOptions(Strict):
+    include_obfuscation: Never | None = None
+
+
 Label = Annotated[str, Field(max_length=_LABEL_CHARS)]
 
 
@@ -93,7 +98,7 @@ class ResponsesRequest(Strict):
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     truncation: Literal["disabled"] | None = None
     store: Never | None = None
     background: Never | None = None
@@ -119,6 +124,12 @@ class ResponsesRequest(Strict):
         if self.top_logprobs is not None and not self.include:
             raise bad_request(f"top_logprobs needs include: [{_LOGPROBS!r}]", "top_logprobs")
         return bool(self.include)
+
+    def streams(self) -> bool:
+        """Raises ApiError for what only a stream can tell."""
+        if self.stream_options and not self.stream:
+            raise bad_request("stream_options needs stream: true", "stream_options")
+        return bool(self.stream)
 
     def thinks(self) -> bool | None:
         return False if self.reasoning and self.reasoning.effort == "none" else None
@@ -184,16 +195,14 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         is_parallel=body.parallel_tool_calls is not False,
         thinks=body.thinks(),
     )
-    exchange = await Exchange(request.app.state.shelf, ask, request.scope).__aenter__()
-    answer = _Response(exchange, body, wants_logprobs)
-    events = answer.events() if body.stream else None
-    return await respond(exchange, request, answer.whole, events, answer.failure)
+    exchange = Exchange(request.app.state.shelf, ask, request.scope)
+    return await respond(exchange, request, partial(_Response, body, wants_logprobs), streams=body.streams())
 
 
 class _Response:
     """One exchange in OpenAI's words. `described` is the response as it is so far."""
 
-    def __init__(self, exchange: Exchange, body: ResponsesRequest, wants_logprobs: bool) -> None:
+    def __init__(self, body: ResponsesRequest, wants_logprobs: bool, exchange: Exchange) -> None:
         self._exchange = exchange
         model = exchange.model
         self._output = ResponseOutput((lambda tokens: logprob_entries(model, tokens)) if wants_logprobs else None)
@@ -219,7 +228,7 @@ class _Response:
             pass
         return self.described
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncIterator[bytes]:
         async for fields in self._progress():
             yield self._event(fields) if fields else b": still at work\n\n"
 

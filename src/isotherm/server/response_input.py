@@ -94,7 +94,11 @@ Item = Annotated[
 
 
 def messages_of(instructions: str | None, items: str | list[Item]) -> tuple[dict[str, Any], ...]:
-    """Messages as OpenAI's chat API writes them. Reasoning, text and calls of one answer are one message."""
+    """Messages as OpenAI's chat API writes them.
+
+    Reasoning, text and calls that follow each other are one answer, and so one message: results must come right behind
+    the message that has their calls, also where the model went on to speak.
+    """
     messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(items, str):
         return (*messages, {"role": "user", "content": items})
@@ -104,24 +108,21 @@ def messages_of(instructions: str | None, items: str | list[Item]) -> tuple[dict
             answer = None
             messages.append(item.message() if isinstance(item, ResultItem) else item.role_and_text())
             continue
-        if answer is None or _begins_another(item, answer):
+        if answer is None:
             answer = {"role": "assistant", "content": ""}
             messages.append(answer)
         match item:
             case ReasoningItem():
-                text = "".join(part.text for part in item.content or ())
-                answer["reasoning_content"] = answer.get("reasoning_content", "") + text
+                _add_text(answer, "reasoning_content", "".join(part.text for part in item.content or ()))
             case MessageItem():
-                answer["content"] = _text(item.content)
+                _add_text(answer, "content", _text(item.content))
             case CallItem():
                 answer.setdefault("tool_calls", []).append(item.tool_call())
     return tuple(messages)
 
 
-def _begins_another(item: Item, answer: dict[str, Any]) -> bool:
-    """An answer reasons, then speaks, then calls."""
-    has_spoken = bool(answer["content"] or answer.get("tool_calls"))
-    return has_spoken and not isinstance(item, CallItem)
+def _add_text(answer: dict[str, Any], field: str, text: str) -> None:
+    answer[field] = "\n".join(filter(None, (answer.get(field), text)))
 
 
 def _text(content: str | list[TextPart] | list[InputText]) -> str:

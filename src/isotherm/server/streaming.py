@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -27,12 +27,24 @@ def event(value: Any, name: str | None = None) -> bytes:
     return f"{head}data: {compact(value)}\n\n".encode()
 
 
-class Running(Protocol):
-    """An exchange that was entered, or several."""
+class Running(AbstractAsyncContextManager[Any], Protocol):
+    """An exchange, or several."""
 
     def cancel(self) -> None: ...
 
-    async def __aexit__(self, *_: object) -> None: ...
+
+_Running = TypeVar("_Running", bound=Running)
+
+
+class Wording(Protocol):
+    """An exchange in the words of one API: whole, or as the parts of a stream."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def parts(self) -> AsyncIterator[bytes]: ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last part, where something goes wrong after the first."""
 
 
 class Watch:
@@ -56,56 +68,51 @@ class Watch:
 
 
 class StreamedAnswer(Response):
-    """An exchange that was entered, sent part by part and left at the end, whoever ends it."""
+    """An exchange sent part by part."""
 
-    def __init__(
-        self,
-        exchange: Running,
-        parts: AsyncIterator[bytes],
-        failure: Callable[[ApiError], bytes],
-        media_type: str = SSE,
-    ) -> None:
-        """failure: the last part, where something goes wrong after the first."""
+    def __init__(self, exchange: Running, wording: Wording, leaving: AsyncExitStack, media_type: str) -> None:
+        """leaving: is closed at the end, whoever ends it."""
         super().__init__(media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._exchange = exchange
-        self._parts = parts
-        self._failure = failure
+        self._wording = wording
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with self._leaving:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             with Watch(self._exchange, receive), suppress(ClientLeft):
                 await self._send_parts(scope, send)
-        finally:
-            await self._exchange.__aexit__()
 
     async def _send_parts(self, scope: Scope, send: Send) -> None:
         try:
-            async for part in self._parts:
+            async for part in self._wording.parts():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except (ClientLeft, TimeoutError):
             raise
         except Exception as error:
             described = api_error(error)
             scope["isotherm.log"].error = described.message
-            await send({"type": "http.response.body", "body": self._failure(described), "more_body": True})
+            await send({"type": "http.response.body", "body": self._wording.failure(described), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
 async def respond(
-    exchange: Running,
+    exchange: _Running,
     request: Request,
-    whole: Callable[[], Awaitable[dict[str, Any]]],
-    events: AsyncIterator[bytes] | None,
-    failure: Callable[[ApiError], bytes],
+    word: Callable[[_Running], Wording],
+    *,
+    streams: bool,
     media_type: str = SSE,
 ) -> Response:
-    """The answer to a request, as `events` where they are wanted, else whole. The exchange is left at the end."""
-    if events is not None:
-        return StreamedAnswer(exchange, events, failure, media_type)
-    try:
+    """Enters the exchange, and answers `request` in the words that `word` finds for it; the exchange is then left.
+
+    Raises what entering it raises.
+    """
+    async with AsyncExitStack() as leaving:
+        await leaving.enter_async_context(exchange)
+        wording = word(exchange)
+        if streams:
+            return StreamedAnswer(exchange, wording, leaving.pop_all(), media_type)
         with Watch(exchange, request.receive):
-            return JSONResponse(await whole())
-    finally:
-        await exchange.__aexit__()
+            return JSONResponse(await wording.whole())
