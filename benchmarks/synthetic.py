@@ -1,6 +1,7 @@
 """Writes a llama-shaped GGUF of random weights: right for speed and memory, never for quality.
 
     python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
+    python benchmarks/synthetic.py --shape 7b --type Q4_0 --activation relu --active 0.1 relu-7b.gguf
 
 Needs the `gguf` package. Weights are streamed, so that a file may be larger than memory. The tokenizer is byte-level
 BPE with a token for each byte, so that it takes any text; SentencePiece is not read by every peer.
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -44,6 +46,37 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
+class Planted:
+    """Neurons that fire by a power law. One channel of the residual is the same for all tokens and layers; each gate's
+    weight on it sets how often the neuron fires. In Q4_0 such a weight has 16 values, so that there are 16 rates.
+
+    active: mean share of neurons that fire for a token. common: share of the variance of embeddings that all tokens
+    have in common, so that neighbours fire the same neurons beyond what the rates give.
+    """
+
+    activation: str
+    active: float
+    common: float = 0.3
+
+    @property
+    def bias_step(self) -> float:
+        """Between two neighbouring weights, in deviations of the gate."""
+        return 0.455
+
+    def codes(self, num_neurons: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """The 4-bit code of each neuron's weight on the constant channel: rates fall as a power of the rank."""
+        levels = np.array([0.5 * math.erfc((8 - code) * self.bias_step / math.sqrt(2)) for code in range(16)])
+        ranks = np.arange(1, num_neurons + 1) / num_neurons
+        low, high = 0.0, 1e3
+        for _ in range(60):  # the factor that gives the mean, each rate cut at the highest there is
+            factor = (low + high) / 2
+            rates = np.clip(factor * self.active * ranks**-0.8, levels[0], levels[-1])
+            low, high = (factor, high) if rates.mean() < self.active else (low, factor)
+        nearest = np.abs(np.log(rates[:, None]) - np.log(levels)).argmin(axis=1)
+        return rng.permutation(nearest).astype(np.uint8)
+
+
+@dataclass(frozen=True)
 class BlockScales:
     """Where a block keeps its float16 scales, and what they are for weights of deviation 1.
 
@@ -71,18 +104,26 @@ SCALES = {
 }
 
 
-def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
-    """Writes the model to `path`, every matrix in `type_name`, a key of SCALES; the same bytes for the same seed."""
+def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, planted: Planted | None = None) -> None:
+    """Writes the model to `path`, every matrix in `type_name`, a key of SCALES; the same bytes for the same seed.
+
+    planted: in Q4_0 only; embeddings are F16 then, as their constant channel is large.
+    """
+    assert planted is None or type_name == "Q4_0"
     quant_type = gguf.GGMLQuantizationType[type_name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     _add_metadata(writer, shape, type_name)
+    if planted:
+        writer.add_string("isotherm.activation", planted.activation)
     _add_vocabulary(writer, shape.vocab_size)
     tensors = _tensors(shape)
     for name, dims in tensors.items():
         if len(dims) == 1:
             writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * dims[0])
+        elif planted and name == "token_embd.weight":
+            writer.add_tensor_info(name, dims, np.dtype(np.float16), 2 * dims[0] * dims[1])
         else:
             row_bytes = _row_bytes(quant_type, dims[1])
             byte_dims = (dims[0], row_bytes)  # the writer turns bytes of a row back into elements
@@ -94,8 +135,16 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0) -> 
     alignment = writer.data_alignment
     with path.open("ab") as file:
         file.write(bytes(-file.tell() % alignment))
-        for dims in tensors.values():
-            for piece in _vector(dims[0]) if len(dims) == 1 else _matrix(type_name, block_bytes, quant_type, dims, rng):
+        for name, dims in tensors.items():
+            if planted and name == "token_embd.weight":
+                pieces: Iterator[NDArray[Any]] = _planted_embedding(planted, dims, rng)
+            elif len(dims) == 1:
+                pieces = _vector(name, dims[0], planted)
+            else:
+                pieces = _matrix(type_name, block_bytes, quant_type, dims, rng)
+            for start, piece in _numbered(pieces):
+                if planted and piece.dtype == np.uint8:
+                    _plant(name, dims, piece, start, planted)
                 piece.tofile(file)
             file.write(bytes(-file.tell() % alignment))
 
@@ -120,8 +169,57 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     return tensors | {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
 
 
-def _vector(size: int) -> Iterator[NDArray[np.float32]]:
-    yield np.ones(size, np.float32)  # norms
+def _vector(name: str, size: int, planted: Planted | None) -> Iterator[NDArray[np.float32]]:
+    """Norms. Planted ones keep attention small, and channel 0 as large before the gates as `Planted.bias_step` says."""
+    values = np.ones(size, np.float32)
+    if planted and name.endswith("attn_norm.weight"):
+        values *= 0.1
+    if planted and name.endswith("ffn_norm.weight"):
+        # in units of a gate's deviation, a code more on channel 0 counts as much as the scale of weights of deviation 1
+        values[0] = planted.bias_step / SCALES["Q4_0"].scale
+    yield values
+
+
+def _planted_embedding(
+    planted: Planted, dims: tuple[int, ...], rng: np.random.Generator
+) -> Iterator[NDArray[np.float16]]:
+    shared = rng.standard_normal(dims[1], np.float32)
+    for start in range(0, dims[0], 1024):
+        own = rng.standard_normal((min(1024, dims[0] - start), dims[1]), np.float32)
+        rows = math.sqrt(planted.common) * shared + math.sqrt(1 - planted.common) * own
+        rows[:, 0] = math.sqrt(dims[1])
+        yield rows.astype(np.float16)
+
+
+def _numbered(pieces: Iterator[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Each piece with the number of rows, or blocks, before it."""
+    start = 0
+    for piece in pieces:
+        yield start, piece
+        start += len(piece)
+
+
+def _plant(name: str, dims: tuple[int, ...], blocks: NDArray[np.uint8], start: int, planted: Planted) -> None:
+    """Blocks of Q4_0 from `start` on: the gates' weights on channel 0; what is added to the residual is little, and
+    nothing on channel 0. Half of the scales are negative: codes have a mean, which would add up where neurons only add.
+    """
+    row_blocks = dims[1] // 32
+    rng = np.random.default_rng((hash_of(name), start))
+    if name.endswith(("attn_output.weight", "ffn_down.weight")):
+        _put_half(blocks, 0, 0.1 * SCALES["Q4_0"].scale / math.sqrt(dims[1]))
+        blocks[: max(0, row_blocks - start), 0:2] = 0  # row 0
+    blocks[:, 1] ^= (rng.random(len(blocks)) < 0.5).astype(np.uint8) << 7
+    if name.endswith("ffn_gate.weight"):
+        codes = planted.codes(dims[0], np.random.default_rng(hash_of(name)))
+        first = -(-start // row_blocks)
+        rows = np.arange(first, min(dims[0], -(-(start + len(blocks)) // row_blocks)))
+        at = rows * row_blocks - start
+        blocks[at, 1] &= 0x7F
+        blocks[at, 2] = (blocks[at, 2] & 0xF0) | codes[rows]
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(name.encode()[-16:], "little") % (2**63)
 
 
 def _matrix(
@@ -206,12 +304,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--type", choices=SCALES, default="Q4_0", dest="type_name")
     parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
+    parser.add_argument(
+        "--activation", choices=("relu", "relu_squared", "drelu"), help="plants neurons that fire seldom"
+    )
+    parser.add_argument("--active", type=float, default=0.1, help="mean share of them that fire; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.layers is not None:
         shape = replace(shape, num_layers=options.layers)
-    write_synthetic(options.path, shape, options.type_name, options.seed)
+    planted = Planted(options.activation, options.active) if options.activation else None
+    if planted and options.type_name != "Q4_0":
+        parser.error("--activation is for --type Q4_0")
+    write_synthetic(options.path, shape, options.type_name, options.seed, planted)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
 
 

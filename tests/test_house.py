@@ -39,10 +39,13 @@ ARROWS: dict[str, set[str]] = {
     "engine": DATA | {"backends", "program", "_native"},  # _native: the sampler
     "grammar": DATA | {"tokenization"},
     "answer": DATA | {"tokenization", "engine"},
-    "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine"},
+    "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine", "program"},
+    "sparsity": DATA | {"backends", "program", "quantization", "text"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
-    | {"backends", "engine", "formats", "models", "probe", "program", "quantization", "text", "tokenization"},
+    | {"backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
+    | {"tokenization"},
+    "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
     "server": DATA | {"", "answer", "dialogue", "engine", "text"},
@@ -56,12 +59,14 @@ COMMANDS: dict[str, set[str]] = {
     "serve": {"server", "probe"},
     "version": {"backends"},
     "tokenize": {"tokenization"},
+    "profile": {"sparsity"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {
-        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "text", "tokenization"},
+        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "sparsity", "text"},
+        "tokenization",
     },
     "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},
@@ -75,6 +80,7 @@ LIBRARIES: dict[str, set[str]] = {
     "uvloop": {"server"},
     "prometheus_client": {"server"},
     "psutil": {"probe", "cli"},
+    "matplotlib": {"sparsity"},
     "rich": {"cli"},
     "typer": {"cli"},
     "click": {"cli"},

@@ -2,34 +2,19 @@
 
 import asyncio
 import http.client
-import importlib.util
 import io
 import itertools
 import json
 import math
-import sys
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_module import benchmark
 from hypothesis import given
 from hypothesis import strategies as st
 
-
-def _module(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-load: Any = _module("load")
+load: Any = benchmark("load")
 
 CUTS = st.lists(st.integers(min_value=0, max_value=400), max_size=20)
 PAYLOADS = st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=20))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
-FAMILIES = ("llama", "qwen2", "gemma3")
+FAMILIES = ("llama", "qwen2", "gemma3", "opt")
 
 _TEXT_MERGES = "Ġ t|h e|i n|Ġ a|o n|r e|e r|n d|Ġt he|a n|i s|o u|Ġ w|in g|Ġa nd|l l|o r|Ġ s|Ġ o|he r"
 _PIECES = "▁t|he|in|▁a|on|re|er|nd|▁the|an|is|ou|▁w|ing|▁and|ll|or|▁s|▁o|▁th|and|▁▁|▁in|▁is"
@@ -52,7 +52,7 @@ def write_tiny(
     types: Mapping[str, QuantType] | None = None,
     **sizes: Any,
 ) -> Path:
-    """Write a model of `family` (llama, qwen2, gemma3) with every matrix in `quant_type`; returns `path`.
+    """Write a model of `family` with every matrix in `quant_type`; returns `path`.
 
     `types`: of the matrices that are to have another one, by the part of the name before `.weight`, "attn_q" say.
     `sizes` are fields of TinySizes; `metadata` adds keys or replaces those written by default, None leaves one out.
@@ -147,6 +147,10 @@ def _model_metadata(family: str, size: TinySizes, quant_type: QuantType) -> dict
         f"{family}.attention.head_count_kv": size.num_kv_heads,
         f"{family}.attention.key_length": size.head_dim,
         f"{family}.attention.value_length": size.head_dim,
+    }
+    if family == "opt":
+        return values | {"opt.attention.layer_norm_epsilon": 1e-5}
+    values |= {
         f"{family}.attention.layer_norm_rms_epsilon": 1e-6,
         f"{family}.rope.dimension_count": size.head_dim,
         f"{family}.rope.freq_base": 10000.0 if family == "llama" else 1000000.0,
@@ -206,7 +210,13 @@ def _tensor_shapes(family: str, size: TinySizes) -> dict[str, tuple[int, ...]]:
     if family == "gemma3":
         layer |= {"attn_q_norm.weight": (size.head_dim,), "attn_k_norm.weight": (size.head_dim,)}
         layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if family == "opt":
+        del layer["ffn_gate.weight"]
+        layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (size.vocab_size, hidden)}
+    if family == "opt":
+        shapes["position_embd.weight"] = (size.context_tokens + 2, hidden)
+        shapes["output_norm.bias"] = (hidden,)
     for index in range(size.num_layers):
         shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
     shapes["output_norm.weight"] = (hidden,)

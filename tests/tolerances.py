@@ -42,3 +42,8 @@ FORK_GAP = 1.0
 KL_FROM_FLOAT32 = {"smollm2-135m": 5e-3, "gemma3-270m": 3.5e-3, "qwen2.5-coder-0.5b": 1.2e-3}
 # Share of positions where both find the same token likeliest.
 TOP1_AGREEMENT = 0.9
+
+# --- neurons ---
+
+# Share of neurons of a layer that fire, over some 10000 tokens: the golden shares are of another stretch of the text.
+ZERO_SHARE = 0.01

@@ -23,8 +23,13 @@ VEC F exp(F x) {
   return p * power_of_two(to_int(n));
 }
 
+VEC F positive(F x) { return max(splat(0.0f), x); }  // the order of the two keeps what is not a number
+
 VEC F activate(F x, Activation activation) {
   const F one = splat(1.0f);
+  if (activation == Activation::kNone) return x;
+  if (activation == Activation::kRelu || activation == Activation::kDrelu) return positive(x);
+  if (activation == Activation::kReluSquared) return positive(x) * positive(x);
   if (activation == Activation::kSilu) return x / (one + exp(splat(0.0f) - x));
   const F bend = fma(x * x, splat(0.044715f), one);
   return x - x / (exp((x * splat(1.5957691216f)) * bend) + one);
@@ -44,6 +49,16 @@ VEC float norm_factor(const float* x, int n, float eps) {
 void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
   const F factor = splat(norm_factor(x, n, eps));
   for (int i = 0; i < n; i += 16) store(out + i, (load(x + i) * factor) * load(weight + i));
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* out) {
+  F acc = splat(0.0f);
+  for (int i = 0; i < n; i += 16) acc = acc + load(x + i);
+  const F mean = splat(sum(acc) / static_cast<float>(n));
+  for (int i = 0; i < n; i += 16) store(out + i, load(x + i) - mean);
+  for (int i = n; i % 16; i++) out[i] = 0.0f;
+  const F factor = splat(norm_factor(out, n, eps));
+  for (int i = 0; i < n; i += 16) store(out + i, (load(out + i) * factor) * load(weight + i) + load(bias + i));
 }
 
 void add_norm(const float* a, const float* b, const float* weight, int n, float eps, float* out) {
@@ -107,17 +122,21 @@ void quantise(const float* x, const QuantRows& out, int row) {
     for (int i = 0; i < out.columns; i += 16) store(values + i, load(x + i));
 }
 
-void finish_linear(const float* totals, const float* bias, const float* residual, float* out) {
+void finish_linear(const float* totals, const float* bias, Activation activation, const float* residual, float* out) {
   for (int i = 0; i < kPanelRows; i += 16) {
     F y = load(totals + i);
     if (bias) y = y + load(bias + i);
+    if (activation != Activation::kNone) y = activate(y, activation);
     if (residual) y = load(residual + i) + y;
     store(out + i, y);
   }
 }
 
 void finish_glu(const float* totals, Activation activation, float* out) {
-  store(out, activate(load(totals), activation) * load(totals + kTileRows));
+  const F gate = activate(load(totals), activation), up = load(totals + kTileRows);
+  if (activation == Activation::kSilu || activation == Activation::kGeluTanh) return store(out, gate * up);
+  // a neuron that does not fire is 0, whatever its up is
+  store(out, zero_where_zero(gate, gate * (activation == Activation::kDrelu ? positive(up) : up)));
 }
 
 void rope(const RopeArgs& args, float* head) {

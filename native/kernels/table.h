@@ -23,7 +23,7 @@ constexpr int kNumWeightTypes = 26;
 // How a page holds keys and values: float16, or int8 codes with a float16 scale per 32 columns of a head.
 enum class KvType : int { F16, Q8_0 };
 
-enum class Activation : int { kSilu, kGeluTanh };
+enum class Activation : int { kNone, kSilu, kGeluTanh, kRelu, kReluSquared, kDrelu };
 
 constexpr int kBlockColumns = 32;  // columns that share an activation scale
 
@@ -64,6 +64,45 @@ struct PanelArgs {
   const QuantRows* x;
   int num_rows;
   float* totals;
+};
+
+// Rows of a matrix that lie each in one piece, times num_rows activations, into totals [num_rows][32].
+struct RowsArgs {
+  const uint8_t* rows;
+  size_t row_bytes;
+  WeightType type;
+  const int32_t* ids;  // of up to 32 rows
+  int count;
+  const int32_t* next;  // rows that are read soon
+  int num_next;
+  const QuantRows* x;
+  int num_rows;  // up to few_rows
+  float* totals;
+};
+
+// How a matrix keeps the codes of its columns, each in one piece, and the scales of 32 columns and all outputs.
+struct NeuronForm {
+  bool is_nibble;  // else a byte a code
+  bool is_half;    // scales and minima are float16, else float32
+  bool has_minimum;
+  int zero_point;
+};
+
+// One block of 32 columns, of which those are named whose activation is not zero, in quads.
+struct NeuronsArgs {
+  NeuronForm form;
+  const uint8_t* codes;
+  size_t row_bytes;  // of one column
+  const int32_t* ids;
+  const int8_t* activations;  // [num_quads][4], the last quad padded with zeros
+  int num_quads;
+  const int32_t* next;  // columns that are read soon
+  int num_next;
+  const uint8_t *scales, *minima;  // of the block, by output
+  int32_t start;                   // kMagic - zero_point * sum
+  float sum, scale;                // of the block's activation codes
+  int first_output, end_output;    // multiples of 128
+  float* y;                        // [outputs]
 };
 
 struct RopeArgs {
@@ -118,12 +157,16 @@ struct KernelTable {
   int few_rows, many_rows;  // up to few_rows rows are one bundle; more are bundles of many_rows
   void (*read_lines)(const uint8_t* data, size_t bytes);  // every line of 64 bytes, and nothing else: decode's limit
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
   void (*add_norm)(const float* a, const float* b, const float* weight, int n, float eps, float* out);
   void (*add)(const float* a, const float* b, int n, float* out);
   void (*quantise)(const float* x, const QuantRows& out, int row);
   void (*multiply_panel)(const PanelArgs& args);
-  // out[i] = totals[i] + bias + residual over 32 columns; bias and residual may be null
-  void (*finish_linear)(const float* totals, const float* bias, const float* residual, float* out);
+  void (*multiply_rows)(const RowsArgs& args);
+  void (*add_neurons)(const NeuronsArgs& args);
+  // out[i] = activation(totals[i] + bias) + residual over 32 columns; bias and residual may be null
+  void (*finish_linear)(const float* totals, const float* bias, Activation activation, const float* residual,
+                        float* out);
   // out[i] = activation(totals[i]) * totals[16 + i] over 16 columns
   void (*finish_glu)(const float* totals, Activation activation, float* out);
   void (*embed_row)(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out);

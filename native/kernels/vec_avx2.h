@@ -36,6 +36,11 @@ VEC F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, 
 VEC F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 VEC F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 VEC F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
+  const __m256 zero = _mm256_setzero_ps();
+  return {_mm256_and_ps(_mm256_cmp_ps(mask.a, zero, _CMP_NEQ_UQ), x.a),
+          _mm256_and_ps(_mm256_cmp_ps(mask.b, zero, _CMP_NEQ_UQ), x.b)};
+}
 VEC F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
@@ -130,6 +135,21 @@ VEC __m256i add_plane(__m256i code, __m256i plane) {
 template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
   return {add_plane<kBit, kMask, kTo>(code.a, plane.a), add_plane<kBit, kMask, kTo>(code.b, plane.b)};
+}
+VEC void interleave(__m256i a, __m256i b, __m256i c, __m256i d, __m256i (&out)[4]) {
+  const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+  out[0] = _mm256_unpacklo_epi16(ab_low, cd_low);
+  out[1] = _mm256_unpackhi_epi16(ab_low, cd_low);
+  out[2] = _mm256_unpacklo_epi16(ab_high, cd_high);
+  out[3] = _mm256_unpackhi_epi16(ab_high, cd_high);
+}
+// Bytes of four vectors side by side, within each 16 bytes: out[j] has 4 bytes of each place 4 j to 4 j + 3.
+VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
+  __m256i low[4], high[4];
+  interleave(a.a, b.a, c.a, d.a, low);
+  interleave(a.b, b.b, c.b, d.b, high);
+  for (int j = 0; j < 4; j++) out[j] = {low[j], high[j]};
 }
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

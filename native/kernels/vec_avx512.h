@@ -34,6 +34,9 @@ VEC F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 VEC F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 VEC F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 VEC F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mask.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
+}
 VEC F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 VEC F rint(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 VEC F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -92,6 +95,16 @@ VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   return {_mm512_maskz_broadcast_i32x4(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 VEC U look_up(U table, U nibbles) { return {_mm512_shuffle_epi8(table.v, nibbles.v)}; }
+
+// Bytes of four vectors side by side, within each 16 bytes: out[j] has 4 bytes of each place 4 j to 4 j + 3.
+VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
+  const __m512i ab_low = _mm512_unpacklo_epi8(a.v, b.v), ab_high = _mm512_unpackhi_epi8(a.v, b.v);
+  const __m512i cd_low = _mm512_unpacklo_epi8(c.v, d.v), cd_high = _mm512_unpackhi_epi8(c.v, d.v);
+  out[0].v = _mm512_unpacklo_epi16(ab_low, cd_low);
+  out[1].v = _mm512_unpackhi_epi16(ab_low, cd_low);
+  out[2].v = _mm512_unpacklo_epi16(ab_high, cd_high);
+  out[3].v = _mm512_unpackhi_epi16(ab_high, cd_high);
+}
 
 // acc + sum over the four columns of code * activation. kWide: codes may pass 127.
 template <bool kWide>

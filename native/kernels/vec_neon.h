@@ -58,6 +58,9 @@ VEC F max(F a, F b) {  // as x86 has it: b where either is not a number; fmax gi
 VEC F min(F a, F b) {
   return each<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
 }
+VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
+  return each<F>([&](int i) { return vbslq_f32(vceqzq_f32(mask.v[i]), vdupq_n_f32(0.0f), x.v[i]); });
+}
 VEC F abs(F a) {
   return each<F>([&](int i) { return vabsq_f32(a.v[i]); });
 }
@@ -141,6 +144,18 @@ template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
   return each<U>(
       [&](int i) { return vorrq_u8(code.v[i], vandq_u8(shift<kBit - kTo>(plane.v[i]), vdupq_n_u8(kMask << kTo))); });
+}
+// Bytes of four vectors side by side, within each 16 bytes: out[j] has 4 bytes of each place 4 j to 4 j + 3.
+VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
+  for (int i = 0; i < 4; i++) {
+    const uint8x16x2_t ab = vzipq_u8(a.v[i], b.v[i]), cd = vzipq_u8(c.v[i], d.v[i]);
+    const uint16x8x2_t low = vzipq_u16(vreinterpretq_u16_u8(ab.val[0]), vreinterpretq_u16_u8(cd.val[0]));
+    const uint16x8x2_t high = vzipq_u16(vreinterpretq_u16_u8(ab.val[1]), vreinterpretq_u16_u8(cd.val[1]));
+    out[0].v[i] = vreinterpretq_u8_u16(low.val[0]);
+    out[1].v[i] = vreinterpretq_u8_u16(low.val[1]);
+    out[2].v[i] = vreinterpretq_u8_u16(high.val[0]);
+    out[3].v[i] = vreinterpretq_u8_u16(high.val[1]);
+  }
 }
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   return each<U>([=](int) { return vld1q_u8(p); });

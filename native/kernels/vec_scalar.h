@@ -58,6 +58,9 @@ VEC F max(F a, F b) {  // as x86 has it: b where either is not a number
 VEC F min(F a, F b) {
   return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
+VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
+  return each<F>([&](int i) { return mask.v[i] == 0.0f ? 0.0f : x.v[i]; });
+}
 VEC F abs(F a) {
   return each<F>([&](int i) { return std::fabs(a.v[i]); });
 }
@@ -176,6 +179,12 @@ template <int kBit, int kMask, int kTo>
 VEC U add_plane(U code, U plane) {
   for (int i = 0; i < 64; i++) code.v[i] |= static_cast<uint8_t>((plane.v[i] >> kBit & kMask) << kTo);
   return code;
+}
+// Bytes of four vectors side by side, within each 16 bytes: out[j] has 4 bytes of each place 4 j to 4 j + 3.
+VEC void interleave(const U& a, const U& b, const U& c, const U& d, U (&out)[4]) {
+  const U* const in[4] = {&a, &b, &c, &d};
+  for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 64; i++) out[j].v[i] = in[i % 4]->v[i / 16 * 16 + 4 * j + i % 16 / 4];
 }
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   U table;

@@ -76,7 +76,7 @@ QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs
 
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
-  int columns = 64, head_dim = 16, tile_rows = 1;
+  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 2 * kBlockColumns, outputs = 1;
   InputNeeds needs;
   const auto look = [&](const Matrix& m) {
     columns = std::max(columns, m.padded_columns());
@@ -86,6 +86,14 @@ void Executor::measure() {
     if (const auto* linear = std::get_if<LinearStep>(&step))
       for (const Projection& p : linear->projections) look(p.weight);
     if (const auto* glu = std::get_if<GluStep>(&step)) look(glu->weight);
+    if (const auto* up = std::get_if<UpStep>(&step)) {
+      look(up->weight);
+      neurons = std::max(neurons, up->weight.rows);
+    }
+    if (const auto* down = std::get_if<DownStep>(&step)) {
+      look(down->linear.projections[0].weight);
+      outputs = std::max(outputs, down->neurons.outputs);
+    }
     if (const auto* attention = std::get_if<AttentionStep>(&step)) {
       head_dim = std::max(head_dim, attention->head_dim);
       tile_rows = std::max(tile_rows, tile_tokens(*attention) * (attention->num_heads / attention->num_kv_heads));
@@ -93,7 +101,7 @@ void Executor::measure() {
   }
   const size_t num_buffers = program_.widths.size(),
                rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
-  arenas_.reserve(num_buffers + 16 * (workers_.size() + 1));
+  arenas_.reserve(num_buffers + 20 * (workers_.size() + 1));
   for (size_t i = 0; i < num_buffers; i++) {
     const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;
     const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it
@@ -105,6 +113,9 @@ void Executor::measure() {
     worker.normed = allocate<float>(static_cast<size_t>(columns));
     worker.totals = allocate<float>(rows * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
+    worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
+    worker.activations = allocate<int8_t>(2 * kBlockColumns);
+    worker.sums = allocate<float>(static_cast<size_t>(outputs));
   }
 }
 
@@ -135,7 +146,7 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
   return !stop_.load(std::memory_order_relaxed);
 }
 
-bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
+void Executor::begin(const BatchView& batch) {
   batch_ = batch;
   positions_.clear();
   for (const SequenceView& s : batch_.sequences)
@@ -148,7 +159,32 @@ bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
       partials = std::max(partials, rows * blocks * partial_floats(attention->head_dim));
     }
   if (partials_.size() < partials) partials_.resize(partials);
+}
+
+bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
+  begin(batch);
   return walk(0, select_, poll);
+}
+
+bool Executor::observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
+                       const std::function<bool()>& poll) {
+  begin(batch);
+  const auto walk_part = [&](size_t first, size_t end, size_t i, int rows) {
+    for (; i < stops.size() && stops[i].step < end; first = stops[i++].step + 1) {
+      if (first <= stops[i].step && !walk(first, stops[i].step + 1, poll)) return false;
+      const Buffer& buffer = buffers_[static_cast<size_t>(stops[i].buffer)];
+      look(i, buffer.data, buffer.stride, rows);
+    }
+    return end > select_ || first >= end || walk(first, end, poll);
+  };
+  if (!walk_part(0, select_, 0, batch.num_tokens)) return false;
+  size_t late = 0;
+  while (late < stops.size() && stops[late].step < select_) late++;
+  for (head_first_ = 0; late < stops.size() && head_first_ < batch.num_logit_rows; head_first_ += head_count_) {
+    head_count_ = std::min(program_.max_head_rows, batch.num_logit_rows - head_first_);
+    if (!walk_part(select_, program_.steps.size(), late, head_count_)) return false;
+  }
+  return true;
 }
 
 bool Executor::head(int first, int count, float* logits, const std::function<bool()>& poll) {

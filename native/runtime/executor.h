@@ -1,5 +1,6 @@
 // Walks a program's steps on a thread pool. One batch at a time; no allocation and no look-up on the way.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -43,6 +44,17 @@ class Executor {
   // Logits [count][vocab] of the batch's logit rows [first, first + count), count <= max_head_rows.
   bool head(int first, int count, float* logits, const std::function<bool()>& poll);
 
+  // `run` and `head` of all logit rows, stopping after each of the rising `stops` to call look(i, rows, stride, count)
+  // with what stops[i].buffer then holds; nothing behind the last stop is computed. Behind the selection of rows it is
+  // called for each block of max_head_rows. False: stopped.
+  struct Stop {
+    size_t step;
+    int buffer;
+  };
+  using Look = std::function<void(size_t stop, const float* rows, size_t stride, int count)>;
+  bool observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
+               const std::function<bool()>& poll);
+
   // Reads every weight that a token needs, each thread a contiguous share of each matrix, and computes nothing.
   // Seconds.
   double read_weights();
@@ -68,6 +80,9 @@ class Executor {
     float* normed = nullptr;
     float* totals = nullptr;
     float* attend = nullptr;
+    int32_t* ids = nullptr;         // of neurons that fire
+    int8_t* activations = nullptr;  // codes of them
+    float* sums = nullptr;          // of down, by output
   };
   struct alignas(64) Counter {
     std::atomic<int> next{0};
@@ -77,6 +92,7 @@ class Executor {
   template <class T>
   T* allocate(size_t count);
   void measure();
+  void begin(const BatchView& batch);
   bool walk(size_t first, size_t last, const std::function<bool()>& poll);
   int rows_of(size_t step) const { return step > select_ ? head_count_ : batch_.num_tokens; }
   // `done`: what the thread did up to here.
@@ -91,12 +107,21 @@ class Executor {
 
   // Each gives true when the run was stopped at a barrier inside.
   bool run_step(const EmbedStep& step, size_t index, int thread);
+  bool run_step(const EmbedPositionsStep& step, size_t index, int thread);
   bool run_step(const LinearStep& step, size_t index, int thread);
   bool run_step(const GluStep& step, size_t index, int thread);
+  bool run_step(const UpStep& step, size_t index, int thread);
+  bool run_step(const DownStep& step, size_t index, int thread);
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
+  // More rows fire more neurons, and are computed whole; so are those that are no single bundle.
+  bool is_sparse(int num_rows) const { return num_rows <= std::min(kRedundantRows, kernels_.few_rows); }
+  void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
+  void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
+  void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
+  void down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);

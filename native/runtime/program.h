@@ -40,12 +40,18 @@ struct InputNeeds {
 struct Norm {
   const float* weight;  // padded to 64 with zeros; null: no norm
   float eps;
+  const float* bias;  // alike, of a layer norm; null: RMS norm
 };
 
 struct EmbedStep {
   Matrix weight;
   float scale;
   int out;
+};
+
+struct EmbedPositionsStep {
+  Matrix weight;
+  int first_row, x, out;
 };
 
 struct Projection {
@@ -59,6 +65,7 @@ struct LinearStep {
   Norm norm;
   std::vector<Projection> projections;
   int residual;  // buffer, or -1
+  Activation activation;
 };
 
 struct GluStep {
@@ -69,10 +76,44 @@ struct GluStep {
   int out;
 };
 
+// Rows of a matrix, each in one piece, for those that fire.
+struct RowMatrix {
+  const uint8_t* rows;
+  size_t row_bytes;
+  WeightType type;
+};
+
+// Columns of a matrix, each in one piece, and scales of 32 columns by output.
+struct NeuronMatrix {
+  NeuronForm form;
+  const uint8_t *codes, *scales, *minima;
+  size_t row_bytes, block_bytes;  // of a column's codes; of a block's scales, or minima
+  int outputs;                    // a multiple of 128
+};
+
+// Hidden values, activation(gate) * up: of those neurons whose gate fires, where at most `most_active` of few rows do;
+// else of all.
+struct UpStep {
+  int x;
+  Norm norm;
+  int gate;  // before its activation
+  Matrix weight;
+  RowMatrix rows;
+  Activation activation;
+  int out, most_active;
+};
+
+// Down of those neurons whose code is not zero, where at most `most_active` of few rows are so; else of all.
+struct DownStep {
+  LinearStep linear;  // of one projection
+  NeuronMatrix neurons;
+  int most_active;
+};
+
 struct AttentionStep {
   int q, k, v, out;
   Norm q_norm, k_norm;
-  const float* rope_table;  // [num_positions][rope_dims]
+  const float* rope_table;  // [num_positions][rope_dims]; null where rope_dims is 0
   int num_positions, rope_dims;
   int num_heads, num_kv_heads, head_dim;
   float scale;
@@ -89,7 +130,8 @@ struct SelectStep {
   int x, out;
 };
 
-using Step = std::variant<EmbedStep, LinearStep, GluStep, AttentionStep, AddNormStep, SelectStep>;
+using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, DownStep, AttentionStep,
+                          AddNormStep, SelectStep>;
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
 struct KvPool {

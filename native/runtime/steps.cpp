@@ -3,29 +3,10 @@
 #include <chrono>
 #include <cstring>
 
-#include "executor.h"
+#include "panels.h"
 
 namespace isotherm {
 namespace {
-
-struct Range {
-  int first, last;
-};
-
-// Share `thread` of `count` items, contiguous: one stream of weights a thread.
-Range share(int count, int thread, int num_threads) {
-  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(count) * i / num_threads); };
-  return {cut(thread), cut(thread + 1)};
-}
-
-// From so many rows on a panel is long work.
-constexpr int kDynamicRows = 16;
-
-// Of few rows' panels, one in so many belongs to the tail.
-constexpr int kTailShare = 4;
-
-// Runs of panels that a thread takes from the tail.
-constexpr int kFewRuns = 4, kManyRuns = 32;
 
 // Query rows (tokens x heads of a group) that one attention task takes: enough to share its reads of the pages.
 constexpr int kTileQueryRows = 24;
@@ -39,6 +20,19 @@ bool Executor::run_step(const EmbedStep& step, size_t, int thread) {
     const uint8_t* panel = step.weight.data + static_cast<size_t>(id / kPanelRows) * step.weight.panel_bytes;
     kernels_.embed_row(panel, step.weight.type_a, id % kPanelRows, step.weight.padded_columns(), step.scale,
                        buffers_[step.out].row(i));
+  }
+  return false;
+}
+
+bool Executor::run_step(const EmbedPositionsStep& step, size_t, int thread) {
+  const Range rows = share(batch_.num_tokens, thread, pool_.num_threads());
+  const Matrix& w = step.weight;
+  float* row = workers_[thread].normed;
+  for (int i = rows.first; i < rows.last; i++) {
+    const int at = step.first_row + positions_[static_cast<size_t>(i)];
+    const uint8_t* panel = w.data + static_cast<size_t>(at / kPanelRows) * w.panel_bytes;
+    kernels_.embed_row(panel, w.type_a, at % kPanelRows, w.padded_columns(), 1.0f, row);
+    kernels_.add(buffers_[step.x].row(i), row, w.columns, buffers_[step.out].row(i));
   }
   return false;
 }
@@ -59,7 +53,11 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   for (int i = mine.first; i < mine.last; i++) {
     const float* row = buffers_[x].row(i);
     if (norm.weight) {
-      kernels_.rms_norm(row, norm.weight, columns, norm.eps, worker.normed);
+      if (norm.bias) {
+        kernels_.layer_norm(row, norm.weight, norm.bias, columns, norm.eps, worker.normed);
+      } else {
+        kernels_.rms_norm(row, norm.weight, columns, norm.eps, worker.normed);
+      }
       std::fill(worker.normed + (columns + 15) / 16 * 16, worker.normed + rows.columns, 0.0f);
       row = worker.normed;
     }
@@ -70,31 +68,20 @@ bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, 
   return false;
 }
 
-// Few rows: a contiguous share of the panels, one stream of weights, and a tail that is taken in small runs by who is
-// free: a slow core, or one that a neighbour holds, does less. Many: all panels are such a tail. Within a run each
-// panel brings in the first weights of the next.
-template <class Panel>
-void Executor::each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel) {
-  const int num_threads = pool_.num_threads();
-  const bool is_many = num_rows >= kDynamicRows;
-  const int tail = num_threads == 1 ? 0 : is_many ? count : count / kTailShare;
-  const Range mine = share(count - tail, thread, num_threads);
-  for (int i = mine.first; i < mine.last; i++) panel(i);
-  const int run = std::max(1, tail / (num_threads * (is_many ? kManyRuns : kFewRuns)));
-  for (int i; (i = count - tail + counters_[index].next.fetch_add(run, std::memory_order_relaxed)) < count;)
-    for (int j = i; j < std::min(count, i + run); j++) panel(j);
-}
-
 bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
-  const int num_rows = rows_of(index);
   InputNeeds needs;
-  int total = 0;
-  for (const Projection& p : step.projections) {
-    needs.add(p.weight);
-    total += p.weight.num_panels();
-  }
+  for (const Projection& p : step.projections) needs.add(p.weight);
   QuantRows x;
   if (quantise(step.x, step.norm, step.projections[0].weight.columns, needs, index, thread, x)) return true;
+  multiply_linear(step, x, index, thread);
+  return false;
+}
+
+// All panels of all projections.
+void Executor::multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  int total = 0;
+  for (const Projection& p : step.projections) total += p.weight.num_panels();
   float* totals = workers_[thread].totals;
   const auto panel = [&](int i) {
     const Projection* p = step.projections.data();
@@ -102,19 +89,21 @@ bool Executor::run_step(const LinearStep& step, size_t index, int thread) {
     const Matrix& w = p->weight;
     kernels_.multiply_panel(
         {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
-    const Buffer& out = buffers_[p->out];
-    const int column = i * kPanelRows, valid = std::min(kPanelRows, out.width - column);
-    for (int r = 0; r < num_rows; r++) {
-      const float* residual = step.residual < 0 ? nullptr : buffers_[step.residual].row(r) + column;
-      const float* bias = p->bias ? p->bias + column : nullptr;
-      float padded[kPanelRows];
-      float* y = valid == kPanelRows ? out.row(r) + column : padded;
-      kernels_.finish_linear(totals + r * kPanelRows, bias, residual, y);
-      if (valid < kPanelRows) std::memcpy(out.row(r) + column, padded, sizeof(float) * static_cast<size_t>(valid));
-    }
+    for (int r = 0; r < num_rows; r++) store_linear(step, *p, r, i * kPanelRows, totals + r * kPanelRows);
   };
   each_panel(total, num_rows, index, thread, panel);
-  return false;
+}
+
+// 32 columns of a row's output.
+void Executor::store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals) {
+  const Buffer& out = buffers_[p.out];
+  const int valid = std::min(kPanelRows, out.width - column);
+  const float* residual = step.residual < 0 ? nullptr : buffers_[step.residual].row(row) + column;
+  const float* bias = p.bias ? p.bias + column : nullptr;
+  float padded[kPanelRows];
+  float* y = valid == kPanelRows ? out.row(row) + column : padded;
+  kernels_.finish_linear(totals, bias, step.activation, residual, y);
+  if (valid < kPanelRows) std::memcpy(out.row(row) + column, padded, sizeof(float) * static_cast<size_t>(valid));
 }
 
 bool Executor::run_step(const GluStep& step, size_t index, int thread) {
@@ -151,6 +140,8 @@ double Executor::read_weights() {
       if (const auto* linear = std::get_if<LinearStep>(&step))
         for (const Projection& p : linear->projections) read(p.weight);
       if (const auto* glu = std::get_if<GluStep>(&step)) read(glu->weight);
+      if (const auto* up = std::get_if<UpStep>(&step)) read(up->weight);
+      if (const auto* down = std::get_if<DownStep>(&step)) read(down->linear.projections[0].weight);
     }
   });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();

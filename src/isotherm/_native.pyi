@@ -1,6 +1,6 @@
 """The native core: what native/bindings offers. Arrays are C-contiguous and, where not said otherwise, only read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,8 @@ class MergeTable:
         """Ids of all words, one after another. A byte that is no token parts its neighbours and has no id."""
 
 class NormRef:
-    """A norm by the index of its vector, -1 for none."""
-    def __init__(self, vector: int, eps: float) -> None: ...
+    """A norm by the index of its vector, -1 for none; bias: of a layer norm, -1 for an RMS norm."""
+    def __init__(self, vector: int, eps: float, bias: int = -1) -> None: ...
 
 class AttentionSpec:
     """Buffers, norms and shape of one attention step."""
@@ -82,10 +82,39 @@ class ProgramBuilder:
 
     def pool(self, is_q8_0: bool, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
     def embed(self, matrix: int, scale: float, out: int, /) -> None: ...
-    def linear(self, x: int, norm: NormRef, projections: list[tuple[int, int, int]], residual: int, /) -> None:
-        """projections: (matrix, bias vector or -1, out buffer)."""
+    def embed_positions(self, x: int, matrix: int, first_row: int, out: int, /) -> None: ...
+    def linear(
+        self, x: int, norm: NormRef, projections: list[tuple[int, int, int]], residual: int, activation: str, /
+    ) -> None:
+        """projections: (matrix, bias vector or -1, out buffer). activation: a value of types.Activation, or ""."""
 
-    def glu(self, x: int, norm: NormRef, matrix: int, gelu: bool, out: int, /) -> None: ...
+    def glu(self, x: int, norm: NormRef, matrix: int, activation: str, out: int, /) -> None: ...
+    def up(
+        self,
+        x: int,
+        norm: NormRef,
+        gate: int,
+        matrix: int,
+        rows: NDArray[np.uint8],
+        activation: str,
+        out: int,
+        most_active: int,
+        /,
+    ) -> None:
+        """rows: of the matrix, as quantization/neurons.py has them."""
+
+    def down(
+        self,
+        x: int,
+        projection: tuple[int, int, int],
+        residual: int,
+        neurons: NDArray[np.uint8],
+        form: tuple[bool, bool, bool, int],
+        most_active: int,
+        /,
+    ) -> None:
+        """neurons, form: of quantization/neurons.py."""
+
     def attention(self, spec: AttentionSpec, /) -> None: ...
     def add_norm(self, a: int, b: int, norm: NormRef, out: int, /) -> None: ...
     def select(self, x: int, out: int, /) -> None: ...
@@ -104,6 +133,20 @@ class Executor:
 
     def head(self, first: int, logits: NDArray[np.float32], /) -> bool:
         """Writes logits [count, vocab_size]."""
+
+    def observe(
+        self,
+        token_ids: NDArray[np.int32],
+        sequences: list[tuple[int, int, list[NDArray[np.int32]]]],
+        logit_rows: NDArray[np.int32],
+        stops: list[tuple[int, int]],
+        look: Callable[[int, NDArray[np.float32]], None],
+        /,
+    ) -> bool:
+        """`run`, and look(i, a copy of the buffer [rows, width]) behind each of the rising `stops` (step, buffer).
+
+        Behind the selection of rows it is called for each block of them; what follows the last stop is not computed.
+        """
 
     def read_page(self, group: int, page: int, out: NDArray[np.uint8], /) -> None:
         """Writes the page's bytes, of all layers, into `out`. Raises ValueError for another length."""

@@ -10,7 +10,15 @@ from pathlib import Path
 from isotherm.backends.cpu.backend import CpuBackend
 from isotherm.backends.cpu.isa import choose_isa
 from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
-from isotherm.backends.cpu.packing import open_packed, pack_in_memory, packed_entries
+from isotherm.backends.cpu.packing import (
+    BY_NEURON,
+    lower_by_neuron,
+    open_packed,
+    pack_in_memory,
+    packed_entries,
+    token_bytes,
+    token_ops,
+)
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine, EngineLimits
 from isotherm.engine.kv_pages import pages_for, pages_needed
@@ -21,21 +29,18 @@ from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
 from isotherm.formats.fetching import FetchReporter, SilentReporter, size_text
 from isotherm.formats.folders import cache_dir
 from isotherm.formats.names import resolve
+from isotherm.load_options import check_load_options
 from isotherm.models import FAMILIES
 from isotherm.probe import available_memory_bytes, physical_cores
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.lowering import lower
+from isotherm.program.recorder import Program
 from isotherm.quantization.packed_cache import enforce_cap
-from isotherm.quantization.packed_file import SUFFIX, EntryKind, PackedWeights
+from isotherm.quantization.packed_file import SUFFIX, PackedWeights
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
 from isotherm.types import KvType, LoadOptions
-
-BACKENDS = ("cpu", "reference")
-KV_TYPES = tuple(kv_type.value for kv_type in KvType)
-
-MAX_PARALLEL = 256
 
 _BATCH_TOKENS = 512
 _LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
@@ -44,7 +49,7 @@ _MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
 
 def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter | None = None) -> TextGenerator:
     """See `isotherm.load`."""
-    _check(options)
+    check_load_options(options)
     reporter = reporter or SilentReporter()
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
@@ -53,21 +58,8 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
         return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
 
 
-def _check(options: LoadOptions) -> None:
-    if options.backend not in BACKENDS:
-        raise OptionError(f"backend {options.backend!r}; known: {', '.join(BACKENDS)}")
-    if options.kv not in KV_TYPES:
-        raise OptionError(f"kv {options.kv!r}; known: {', '.join(KV_TYPES)}")
-    if options.backend == "reference" and options.kv != KvType.F16.value:
-        raise OptionError(f"kv {options.kv!r}: the reference backend keeps keys and values in float32; leave it out")
-    if options.threads is not None and not 1 <= options.threads <= 1024:
-        raise OptionError(f"threads is {options.threads}; it must be from 1 to 1024")
-    if options.context_tokens is not None and options.context_tokens < 2:
-        raise OptionError(f"context_tokens is {options.context_tokens}; it must be at least 2")
-    if not 1 <= options.parallel <= MAX_PARALLEL:
-        raise OptionError(f"parallel is {options.parallel}; it must be from 1 to {MAX_PARALLEL}")
-    if options.kv_bytes is not None and options.kv_bytes < 0:
-        raise OptionError(f"kv_bytes is {options.kv_bytes}; it must be at least 0, or None")
+def _budget_bytes() -> int:
+    return int(_MEMORY_SHARE * available_memory_bytes())
 
 
 @contextmanager
@@ -91,10 +83,27 @@ class _Assembly:
         self._reporter = reporter
         self._parallel = options.parallel
         self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
-        self._lowered = lower(self._program).keeping(KvType(options.kv))
+        self._lowered = self._lower(is_sparse=options.sparse and options.backend == "cpu")
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
         self._entries = [spec for spec, _ in packed_entries(self._lowered, checkpoint.tensors)]
+        self._drop_neurons()
+
+    def _lower(self, *, is_sparse: bool) -> Program:
+        program, tensors = self._program, self._checkpoint.tensors
+        return (lower_by_neuron(program, tensors) if is_sparse else lower(program)).keeping(KvType(self._options.kv))
+
+    def _drop_neurons(self) -> None:
+        """Weights by neuron come beside the others: where they would cost context they are left out, and it is told."""
+        extra_bytes = sum(spec.num_bytes for spec in self._entries if spec.kind in BY_NEURON)
+        most = self._options.context_tokens or self._checkpoint.config.context_tokens
+        if not extra_bytes or self._forecast(most).total_bytes <= _budget_bytes():
+            return
+        self._reporter.notice(
+            f"all neurons are computed, those that do not fire too: to skip those takes {size_text(extra_bytes)} more"
+        )
+        self._lowered = self._lower(is_sparse=False)
+        self._entries = [spec for spec, _ in packed_entries(self._lowered, self._checkpoint.tensors)]
 
     def build(self, name: str, started: float) -> TextGenerator:
         checkpoint, lowered = self._checkpoint, self._lowered
@@ -121,8 +130,8 @@ class _Assembly:
             quantization=checkpoint.quantization,
             num_parameters=checkpoint.num_parameters,
             file_bytes=checkpoint.num_bytes,
-            token_bytes=self._token_bytes(),
-            token_ops=self._token_ops(),
+            token_bytes=token_bytes(self._entries, is_head_tied=checkpoint.config.tied_head),
+            token_ops=token_ops(self._entries),
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
@@ -132,14 +141,6 @@ class _Assembly:
             load_s=time.perf_counter() - started,
         )
         return TextGenerator(engine, tokenizer, chat_template_for(checkpoint.tokenizer), facts)
-
-    def _token_bytes(self) -> int:
-        is_gathered = not self._checkpoint.config.tied_head  # one row of the embedding is nothing beside the rest
-        return sum(spec.num_bytes for spec in self._entries if not (is_gathered and spec.name == "embed"))
-
-    def _token_ops(self) -> int:
-        in_layers = [spec for spec in self._entries if spec.kind is not EntryKind.VECTOR and "." in spec.name]
-        return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
 
     def _limits(self, context_tokens: int) -> CpuLimits:
         """Pages for one context at least; what `kv_bytes` has room for beyond that goes to groups without a window."""
@@ -168,10 +169,9 @@ class _Assembly:
 
     def _fit_context(self) -> tuple[int, MemoryForecast]:
         """The context that was asked for, or the model's, cut to what memory holds: told, never silent."""
-        config, wanted = self._checkpoint.config, self._options.context_tokens
+        config, wanted, budget_bytes = self._checkpoint.config, self._options.context_tokens, _budget_bytes()
         if wanted is not None and wanted > config.context_tokens:
             raise OptionError(f"a context of {wanted} tokens; {config.name} was made for {config.context_tokens}")
-        budget_bytes = int(_MEMORY_SHARE * available_memory_bytes())
         least = wanted or min(_LEAST_CONTEXT_TOKENS, config.context_tokens)
         most = wanted or config.context_tokens
         context_tokens, forecast = fit_context(self._forecast, least, most, budget_bytes)

@@ -9,6 +9,7 @@ IsothermError
 ├── ModelFileError         a model file is damaged, or is not what it claims to be
 │   ├── UnsupportedModel   a sound file that asks for something this version lacks
 │   └── ModelFileChanged   the file was changed after it was opened
+├── StatsFileError         a file of neuron statistics is damaged, or is none
 ├── TemplateError          the model's chat template failed, or ran past its limits
 ├── ContextOverflow        the prompt and the answer do not fit the context
 ├── InsufficientMemory     the model, with its KV pages, does not fit this machine
@@ -60,6 +61,10 @@ class UnsupportedModel(ModelFileError):
 
 class ModelFileChanged(ModelFileError):
     """The file was replaced, truncated or rewritten after it was opened."""
+
+
+class StatsFileError(IsothermError):
+    """A file of neuron statistics cannot be read, is damaged, or is none."""
 
 
 class TemplateError(IsothermError):

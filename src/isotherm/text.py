@@ -1,6 +1,6 @@
 """TextGenerator: tokenizer and engine behind one object, the door for Python, command line and server."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypedDict
@@ -16,6 +16,8 @@ from isotherm.engine.request import Constraint, Request
 from isotherm.engine.solo import DecodeTiming, RecordedRun
 from isotherm.errors import OptionError
 from isotherm.facts import ModelFacts
+from isotherm.program.ops import Value
+from isotherm.program.recorder import Program
 from isotherm.tokenization.chat import ChatTemplate
 from isotherm.tokenization.tokenizer import Detokenizer, Tokenizer
 from isotherm.types import Grammar, SamplingParams
@@ -185,14 +187,36 @@ class TextGenerator:
         self, token_ids: Sequence[int], rows: Sequence[int], *, block_rows: int = 64
     ) -> Iterator[NDArray[np.float32]]:
         """Logits after the tokens at `rows` (rising), [at most block_rows, vocab_size] at a time."""
+        self._check_text(token_ids)
+        with self._open_engine().alone() as solo:
+            yield from solo.logit_blocks(token_ids, rows, block_rows)
+
+    def _check_text(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
-            raise OptionError("there are no tokens to compute logits of")
+            raise OptionError("there are no tokens to compute")
         if not all(0 <= token < self.facts.config.vocab_size for token in token_ids):
             raise OptionError(f"token ids must lie in 0..{self.facts.config.vocab_size - 1}")
-        engine = self._open_engine()
-        engine.check_room(len(token_ids), "the text")
-        with engine.alone() as solo:
-            yield from solo.logit_blocks(token_ids, rows, block_rows)
+        self._open_engine().check_room(len(token_ids), "the text")
+
+    @property
+    def program(self) -> Program:
+        """What is computed; `observe` shows its Values."""
+        return self._open_engine().program
+
+    def observe(
+        self,
+        token_ids: Sequence[int],
+        wanted: Collection[Value],
+        look: Callable[[Value, NDArray[np.float32]], None],
+    ) -> None:
+        """Computes a text and calls look(value, rows [tokens, width]) for each of the wanted Values of its tokens.
+
+        Long texts come in several parts, each with all Values in the order in which they are made. Raises
+        ContextOverflow, OptionError.
+        """
+        self._check_text(token_ids)
+        with self._open_engine().alone() as solo:
+            solo.observe(token_ids, wanted, look)
 
     def prefill_s(self, num_tokens: int) -> float:
         """Measures: seconds that a prompt of `num_tokens` takes, nothing of it cached."""

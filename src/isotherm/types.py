@@ -92,6 +92,21 @@ _BLOCKS: dict[QuantType, tuple[int, int]] = {
 }
 
 
+class Activation(Enum):
+    """Of an FFN's hidden values; of a gated one it is of the gate, and DRELU of both (Song et al. 2024)."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    RELU_SQUARED = "relu_squared"
+    DRELU = "drelu"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether it makes true zeros, so that neurons fire or do not."""
+        return self in (Activation.RELU, Activation.RELU_SQUARED, Activation.DRELU)
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding over the first `dims` of a head, halves rotated against each other.
@@ -120,14 +135,16 @@ class ModelConfig:
     vocab_size: int
     context_tokens: int
     norm_eps: float
-    rope: Rope
+    rope: Rope | None  # None: learned positions
     tied_head: bool
+    activation: Activation = Activation.SILU
     qkv_bias: bool = False
     attention_scale: float | None = None  # on the scores; None: head_dim ** -0.5
     # Layers with a sliding window use `local_rope`; each `global_every`-th layer attends to everything.
     sliding_window: int | None = None
     local_rope: Rope | None = None
     global_every: int | None = None
+    first_position_row: int = 0  # of the table of learned positions: the row of position 0
 
 
 @dataclass(frozen=True)
@@ -194,4 +211,5 @@ class LoadOptions:
     parallel: int = 4  # answers that are computed together
     kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means
     kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
+    sparse: bool = True  # compute only the neurons that fire, where that is quicker; answers are the same
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

@@ -12,9 +12,9 @@ from tolerances import EXP_RELATIVE
 
 from isotherm.backends.reference import contract, float32
 from isotherm.program import ops
-from isotherm.program.ops import Activation, AttentionShape
+from isotherm.program.ops import AttentionShape
 from isotherm.program.recorder import StateKind, StateSpec
-from isotherm.types import KvType, QuantType, Rope
+from isotherm.types import Activation, KvType, QuantType, Rope
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 FLOAT32_MAX = Fraction(float(np.finfo(np.float32).max))

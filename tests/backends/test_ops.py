@@ -16,8 +16,8 @@ from sketch import (
 
 from isotherm.program import ops
 from isotherm.program.batch import Batch, Sequence
-from isotherm.program.ops import Activation, NormWeights, Projection
-from isotherm.types import QuantType
+from isotherm.program.ops import NormWeights, Projection
+from isotherm.types import Activation, QuantType
 
 FLOATS = tuple(t for t in QuantType if t.is_float)
 QUANTISED = tuple(t for t in QuantType if not t.is_float)
@@ -141,6 +141,63 @@ def test_norm_before_quant_linear(quant_type: QuantType, columns: int) -> None:
     projection = Projection(y, sketch.matrix("w", quant_type, 33, columns), None)
     sketch.add(ops.QuantLinear(x, norm, (projection,), None))
     assert_equal_on_every_isa(sketch.finish(y))
+
+
+@pytest.mark.parametrize("columns", [32, 40, 64, 96, 576])
+def test_layer_norm_before_quant_linear(columns: int) -> None:
+    """Rows around a mean that is large beside them, ends inside a vector."""
+    sketch = Sketch()
+    x = sketch.input(random_inputs(MAX_TOKENS, columns) + np.float32(100.0))
+    y = sketch.value(33)
+    norm = NormWeights(sketch.vector("norm", columns), 1e-5, sketch.vector("norm_bias", columns))
+    projection = Projection(y, sketch.matrix("w", QuantType.F16, 33, columns), None)
+    sketch.add(ops.QuantLinear(x, norm, (projection,), None))
+    assert_equal_on_every_isa(sketch.finish(y))
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("rows", [33, 64])
+def test_activation_of_a_quant_linear(rows: int, activation: Activation) -> None:
+    sketch = Sketch()
+    x = sketch.input(random_inputs(MAX_TOKENS, 96))
+    y = sketch.value(rows)
+    projection = Projection(y, sketch.matrix("w", QuantType.Q4_0, rows, 96), sketch.vector("b", rows))
+    sketch.add(ops.QuantLinear(x, None, (projection,), None, activation))
+    assert_equal_on_every_isa(sketch.finish(y))
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.F16, QuantType.Q8_0])
+def test_embed_positions(quant_type: QuantType) -> None:
+    sketch = Sketch()
+    x = sketch.input(random_inputs(MAX_TOKENS, 96))
+    y = sketch.value(96)
+    sketch.add(ops.EmbedPositions(y, x, sketch.matrix("positions", quant_type, MAX_TOKENS + 2, 96), 2))
+    finished = sketch.finish(y)
+    assert_equal_on_every_isa(finished)
+    expected = finished.reference(chain(MAX_TOKENS, num_states=0))
+    late = Batch(np.array([7, 8], np.int32), (Sequence(2, 7, ()),), np.array([0, 1], np.int32))
+    two = Batch(np.array([3, 0], np.int32), (Sequence(1, 3, ()), Sequence(1, 0, ())), np.array([0, 1], np.int32))
+    for isa in ISAS:
+        assert_equal(finished.native(late, isa), expected[7:9], f"{isa}, later tokens of a sequence")
+        assert_equal(finished.native(two, isa), expected[[3, 0]], f"{isa}, two sequences")
+        with pytest.raises(ValueError, match="length of a sequence"):
+            finished.native(Batch(late.token_ids, (Sequence(2, MAX_TOKENS - 1, ()),), late.logit_rows), isa)
+
+
+@pytest.mark.parametrize("activation", [Activation.RELU, Activation.RELU_SQUARED, Activation.DRELU])
+def test_a_neuron_that_does_not_fire_is_zero(activation: Activation) -> None:
+    """Also where its up overflows, so that nobody needs to compute it."""
+    sketch = Sketch()
+    x = sketch.input(np.ones((MAX_TOKENS, 1), np.float32))
+    y = sketch.value(4)
+    gate = sketch.floats("gate", np.array([[-1.0], [0.0], [2.0], [-3.0]]))
+    with np.errstate(over="ignore"):
+        up = sketch.floats("up", np.array([[1e39], [-1e39], [3.0], [np.nan]]))
+    sketch.add(ops.QuantGlu(y, x, None, gate, up, activation))
+    finished = sketch.finish(y)
+    expected = 12.0 if activation is Activation.RELU_SQUARED else 6.0
+    assert finished.reference(chain(1, num_states=0)).tolist() == [[0.0, 0.0, expected, 0.0]]
+    assert_equal_on_every_isa(finished, 3)
 
 
 @pytest.mark.parametrize("rows", [33, 64])

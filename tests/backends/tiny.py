@@ -1,6 +1,6 @@
 """Tiny whole models, lowered and packed once, for tests of the native backend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ class TinyModel:
         limits = CpuLimits(MAX_POSITIONS, (num_pages,) * len(self.lowered.states), max_tokens, max_head_rows=max_tokens)
         return backend.compile(self.lowered, limits)
 
+    def by_neurons(self) -> "TinyModel":
+        """The same model, its FFNs computed by neurons."""
+        lowered, packed = lower(self.recorded, lambda _: True), PackedMemory()
+        pack_program(lowered, self.checkpoint.tensors, packed)
+        return replace(self, lowered=lowered, packed=packed)
+
     def reference(self, *, lowered: bool = True, num_pages: int = 8) -> CompiledReference:
         program = self.lowered if lowered else self.recorded
         return ReferenceBackend(self.checkpoint.tensors).compile(program, num_pages=(num_pages,) * len(program.states))
@@ -62,9 +68,13 @@ class TinyModel:
         return Batch(ids, (self.sequence(len(ids), num_cached, pages),), rows)
 
 
-def make_tiny(folder: Path, family: str, quant_type: QuantType, **sizes: Any) -> TinyModel:
-    """`sizes`: see tiny_models.TinySizes. Every second layer of gemma3 is a global one."""
-    metadata = {"gemma3.attention.sliding_window_pattern": 2} if family == "gemma3" else None
+def make_tiny(folder: Path, family: str, quant_type: QuantType, activation: str = "", **sizes: Any) -> TinyModel:
+    """activation: of llama, where it is not SiLU. `sizes`: see tiny_models.TinySizes.
+
+    Every second layer of gemma3 is a global one.
+    """
+    metadata = {"gemma3.attention.sliding_window_pattern": 2} if family == "gemma3" else {}
+    metadata |= {"isotherm.activation": activation} if activation else {}
     path = write_tiny(folder / f"{family}-{quant_type.value}.gguf", family, quant_type, metadata=metadata, **sizes)
     checkpoint = open_checkpoint(path)
     recorded = FAMILIES[family](checkpoint.config)

@@ -208,9 +208,9 @@ def test_every_allowed_end_is_allowed_by_the_engine(name: str) -> None:
 
 
 def test_table_agrees_with_the_loader() -> None:
-    from isotherm import assemble
+    from isotherm import load_options
 
     assert Settings().load_options == LoadOptions()
-    assert SETTINGS["backend"].rule.choices == assemble.BACKENDS
-    assert SETTINGS["kv"].rule.choices == assemble.KV_TYPES
+    assert SETTINGS["backend"].rule.choices == load_options.BACKENDS
+    assert SETTINGS["kv"].rule.choices == load_options.KV_TYPES
     assert set(LOADING) | set(SAMPLING) | set(SERVING) | {"max_tokens"} == set(SETTINGS)

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, add_value, byte_alphabet, write_tiny
 
 from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
-from isotherm.types import ModelConfig, QuantType, Rope
+from isotherm.types import Activation, ModelConfig, QuantType, Rope
 
 Array = NDArray[Any]
 
@@ -96,10 +96,16 @@ def test_real_qwen2(real_model: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_its_canonical_name(family: str, tiny: Callable[..., Checkpoint]) -> None:
     layer = ["attn_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down"]
-    layer += {"llama": [], "qwen2": ["q_bias", "k_bias", "v_bias"]}.get(
-        family, ["q_norm", "k_norm", "post_attn_norm", "post_ffn_norm"]
-    )
+    if family == "opt":
+        layer.remove("gate")
+    layer += {
+        "llama": [],
+        "qwen2": ["q_bias", "k_bias", "v_bias"],
+        "gemma3": ["q_norm", "k_norm", "post_attn_norm", "post_ffn_norm"],
+        "opt": [f"{name}_bias" for name in layer],
+    }[family]
     expected = {"embed", "final_norm", "head"} | {f"layers.{i}.{name}" for i in range(2) for name in layer}
+    expected |= {"positions", "final_norm_bias"} if family == "opt" else set()
     with tiny(family, QuantType.Q4_K, tied_head=False) as checkpoint:
         assert set(checkpoint.tensors) == expected
         assert checkpoint.config.vocab_size == 330
@@ -241,6 +247,32 @@ def test_other_families_are_stored_in_halves(family: str, tmp_path: Path) -> Non
         for name in "qk":
             data = checkpoint.tensors[f"layers.0.{name}"].read()
             assert data.tobytes() == theirs[f"blk.0.attn_{name}.weight"].tobytes()
+
+
+# activations and positions
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_llama_may_name_its_activation(activation: Activation, tiny: Callable[..., Checkpoint]) -> None:
+    with tiny("llama", metadata={"isotherm.activation": activation.value}) as checkpoint:
+        assert checkpoint.config.activation is activation
+
+
+@pytest.mark.parametrize(("family", "value"), [("llama", "swish"), ("gemma3", "relu"), ("opt", "silu")])
+def test_other_activations_are_refused(family: str, value: str, tiny: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"isotherm\.activation is"):
+        tiny(family, metadata={"isotherm.activation": value})
+
+
+def test_positions_may_have_two_rows_before_the_first(tiny: Callable[..., Checkpoint]) -> None:
+    with tiny("opt") as checkpoint:
+        assert checkpoint.config.rope is None
+        assert checkpoint.config.first_position_row == 2
+        assert checkpoint.tensors["positions"].shape == (514, 256)
+    with tiny("opt", metadata={"opt.context_length": 514}) as checkpoint:
+        assert checkpoint.config.first_position_row == 0
+    with pytest.raises(ModelFileError, match=r"position_embd\.weight has 514 rows for a context of 513"):
+        tiny("opt", metadata={"opt.context_length": 513})
 
 
 # rope

@@ -21,6 +21,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNotANumber = std::numeric_limits<float>::quiet_NaN();
+constexpr Activation kActivations[] = {Activation::kSilu, Activation::kGeluTanh, Activation::kRelu,
+                                       Activation::kReluSquared, Activation::kDrelu};
 
 class Random {  // SplitMix64: the same on any machine
  public:
@@ -224,6 +226,8 @@ void run_elementwise(const KernelTable& table, Random& random, Outputs& out) {
     const int length = static_cast<int>(n);
     table.rms_norm(a.data(), weight.data(), length, 1e-5f, y.data());
     out.add(text("rms_norm", length), y);
+    table.layer_norm(a.data(), weight.data(), b.data(), length, 1e-5f, y.data());
+    out.add(text("layer_norm", length), y);
     table.add_norm(a.data(), b.data(), weight.data(), length, 1e-6f, y.data());
     out.add(text("add_norm", length), y);
     table.add(a.data(), b.data(), length, y.data());
@@ -233,12 +237,15 @@ void run_elementwise(const KernelTable& table, Random& random, Outputs& out) {
     auto totals = random.numbers(kPanelRows, 200.0f);
     const auto bias = random.numbers(kPanelRows), residual = random.numbers(kPanelRows);
     std::vector<float> y(kPanelRows), gated(kTileRows);
-    table.finish_linear(totals.data(), i & 1 ? bias.data() : nullptr, i & 2 ? residual.data() : nullptr, y.data());
-    out.add("finish_linear", y);
+    for (const Activation activation : kActivations) {
+      table.finish_linear(totals.data(), i & 1 ? bias.data() : nullptr, activation, i & 2 ? residual.data() : nullptr,
+                          y.data());
+      out.add(text("finish_linear", static_cast<int>(activation)), y);
+    }
     constexpr float kOdd[] = {0.0f,  -0.0f,  87.0f,     -87.0f,    88.0f,      -88.0f,
                               1e30f, -1e30f, 0x1p-140f, kInfinity, -kInfinity, kNotANumber};
     if (i % 4 == 0) std::copy(std::begin(kOdd), std::end(kOdd), totals.begin());
-    for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+    for (const Activation activation : kActivations) {
       table.finish_glu(totals.data(), activation, gated.data());
       out.add(text("finish_glu", static_cast<int>(activation)), gated);
     }

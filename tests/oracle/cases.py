@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.types import ModelConfig, Rope
+from isotherm.types import Activation, ModelConfig, Rope
 
 F32 = NDArray[np.float32]
 
@@ -125,6 +125,27 @@ CASES = (
         },
         adds_one=True,
     ),
+    OracleCase(
+        "relu-llama",
+        replace(_LLAMA, activation=Activation.RELU),
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "hidden_act": "relu"},
+    ),
+    OracleCase(
+        "opt",
+        replace(
+            _LLAMA,
+            family="opt",
+            num_kv_heads=4,
+            norm_eps=1e-5,
+            rope=None,
+            tied_head=True,
+            activation=Activation.RELU,
+            first_position_row=2,
+        ),
+        "OPTForCausalLM",
+        {},
+    ),
 )
 
 
@@ -149,6 +170,13 @@ def weights(config: ModelConfig) -> dict[str, F32]:
     }
     if config.qkv_bias:
         layer |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+    if config.family == "opt":
+        del layer["gate"]
+        layer |= {f"{name}_bias": shape[:1] for name, shape in layer.items()}
+        shapes |= {
+            "positions": (config.first_position_row + config.context_tokens, hidden),
+            "final_norm_bias": (hidden,),
+        }
     if config.family == "gemma3":
         layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
         layer |= {"post_attn_norm": (hidden,), "post_ffn_norm": (hidden,)}

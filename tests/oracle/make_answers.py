@@ -36,6 +36,19 @@ _GEMMA_LAYER_NAMES = _LAYER_NAMES | {
     "ffn_norm": "pre_feedforward_layernorm.weight",
     "post_ffn_norm": "post_feedforward_layernorm.weight",
 }
+_OPT_NAMES = {
+    "embed": "embed_tokens.weight",
+    "positions": "embed_positions.weight",
+    "final_norm": "final_layer_norm.weight",
+    "attn_norm": "self_attn_layer_norm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.out_proj.weight",
+    "ffn_norm": "final_layer_norm.weight",
+    "up": "fc1.weight",
+    "down": "fc2.weight",
+}
 _GLOBAL_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 
 
@@ -43,20 +56,25 @@ def answer(case: OracleCase) -> F32:
     """Logits [tokens, vocab_size]."""
     model_class = getattr(transformers, case.hf_class)
     c = case.config
-    config = model_class.config_class(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.ffn_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.context_tokens,
-        tie_word_embeddings=c.tied_head,
-        attn_implementation="eager",
-        **case.hf_config,
-    )
+    shared = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "max_position_embeddings": c.context_tokens,
+        "tie_word_embeddings": c.tied_head,
+        "attn_implementation": "eager",
+    }
+    if c.family == "opt":
+        shared |= {"ffn_dim": c.ffn_size, "word_embed_proj_dim": c.hidden_size}
+    else:
+        shared |= {
+            "intermediate_size": c.ffn_size,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+            "rms_norm_eps": c.norm_eps,
+        }
+    config = model_class.config_class(**shared, **case.hf_config)
     model = model_class(config).to(torch.float32).eval()
     state = {_hf_name(case, name): torch.from_numpy(_hf_values(case, name, w)) for name, w in weights(c).items()}
     left = model.load_state_dict(state, strict=False)
@@ -70,6 +88,11 @@ def answer(case: OracleCase) -> F32:
 
 
 def _hf_name(case: OracleCase, name: str) -> str:
+    if case.config.family == "opt":
+        place, _, part = name.rpartition(".")
+        stored = _OPT_NAMES[part.removesuffix("_bias")]
+        stored = stored.replace(".weight", ".bias") if part.endswith("_bias") else stored
+        return f"model.decoder.{place}.{stored}" if place else f"model.decoder.{stored}"
     if name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[name]
     _, layer, part = name.split(".")

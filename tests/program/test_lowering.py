@@ -13,15 +13,24 @@ from isotherm.models import FAMILIES
 from isotherm.program import ops
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
-from isotherm.program.ops import Activation, AttentionShape, NormWeights, Op, Projection, Value
+from isotherm.program.ops import AttentionShape, NormWeights, Op, Projection, Value
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec
-from isotherm.types import QuantType, Rope
+from isotherm.types import Activation, QuantType, Rope
 
 F32 = NDArray[np.float32]
 ROPE = Rope(10000.0, 16)
 STATE = StateSpec(StateKind.KV, 1, 2, 16, window=None)
 SHAPE = AttentionShape(4, 2, 16, 0.25, window=None)
-LOWERED = (ops.Embed, ops.QuantLinear, ops.QuantGlu, ops.RopeAttention, ops.AddNorm, ops.Add, ops.SelectRows)
+LOWERED = (
+    ops.Embed,
+    ops.EmbedPositions,
+    ops.QuantLinear,
+    ops.QuantGlu,
+    ops.RopeAttention,
+    ops.AddNorm,
+    ops.Add,
+    ops.SelectRows,
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +56,20 @@ def shapes(program: Program) -> dict[str, tuple[int, int]]:
             case ops.Embed():
                 found[op.weight] = (50, op.out.width)
             case ops.Norm():
-                found[op.norm.weight] = (1, op.group)
+                found |= dict.fromkeys([op.norm.weight, *([op.norm.bias] if op.norm.bias else [])], (1, op.group))
+            case ops.EmbedPositions():
+                found[op.weight] = (50, op.out.width)
             case ops.Linear():
                 found[op.weight] = (op.out.width, op.x.width)
                 if op.bias:
                     found[op.bias] = (1, op.out.width)
             case ops.Ffn():
-                found[op.gate] = found[op.up] = (op.ffn_size, op.x.width)
+                found[op.up] = (op.ffn_size, op.x.width)
                 found[op.down] = (op.out.width, op.ffn_size)
+                if op.gate:
+                    found[op.gate] = found[op.up]
+                if op.up_bias and op.down_bias:
+                    found |= {op.up_bias: (1, op.ffn_size), op.down_bias: (1, op.out.width)}
     return found
 
 
@@ -63,7 +78,7 @@ def names(item: object) -> set[str]:
     if isinstance(item, Projection):
         return {item.weight, *([item.bias] if item.bias else [])}
     if isinstance(item, NormWeights):
-        return {item.weight}
+        return {item.weight, *([item.bias] if item.bias else [])}
     if isinstance(item, tuple):
         return {name for part in item for name in names(part)}
     if isinstance(item, str):

@@ -10,7 +10,7 @@ import pytest
 
 from isotherm.models import FAMILIES
 from isotherm.program.lowering import lower
-from isotherm.types import ModelConfig, Rope
+from isotherm.types import Activation, ModelConfig, Rope
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -46,6 +46,17 @@ CONFIGS = {
         sliding_window=512,
         local_rope=Rope(10000.0, 32),
         global_every=3,
+    ),
+    "relu-llama": replace(_LLAMA, activation=Activation.RELU),
+    "opt": replace(
+        _LLAMA,
+        family="opt",
+        num_layers=2,
+        num_kv_heads=6,
+        rope=None,
+        tied_head=True,
+        activation=Activation.RELU,
+        first_position_row=2,
     ),
 }
 

@@ -16,6 +16,7 @@ from isotherm.cli.errors import DEBUG_VARIABLE, USAGE
 from isotherm.cli.flags import SETTINGS_NOTE
 from isotherm.cli.list_models import list_models
 from isotherm.cli.perplexity import perplexity
+from isotherm.cli.profile import profile
 from isotherm.cli.ps import ps
 from isotherm.cli.pull import pull
 from isotherm.cli.rm import rm
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "bench": bench,
     "perplexity": perplexity,
+    "profile": profile,
     "doctor": doctor,
     "config": config,
 }

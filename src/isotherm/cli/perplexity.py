@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from isotherm.evaluation.perplexity import PerplexityResult
 
 
-@takes("kv", "threads", "backend", "cache_gib", "offline")
+@takes("kv", "threads", "backend", "sparse", "cache_gib", "offline")
 def perplexity(
     settings: Settings,
     model: ModelArgument,
@@ -34,7 +34,7 @@ def perplexity(
     """Says how well a model predicts a text, by llama.cpp's rule; lower is better."""
     from isotherm.evaluation.perplexity import perplexity as evaluate
 
-    text = _read_text(file)
+    text = read_text(file)
     with loaded(model, replace(settings, ctx=window)) as generator:
         result = evaluate(generator, text, window_tokens=window, num_windows=chunks, on_window=_tell)
         name = generator.facts.name
@@ -53,12 +53,11 @@ def _tell(so_far: "PerplexityResult", num_windows: int) -> None:
     notice(f"window {so_far.num_windows} of {num_windows}: {so_far.perplexity:.4f} ± {so_far.standard_error:.4f}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises OptionError for what cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise OptionError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or pass another file with -f"
-        ) from error
+        raise OptionError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or pass another file") from error

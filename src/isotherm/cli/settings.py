@@ -58,6 +58,9 @@ class Settings:
         "cpu",
         Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
     )
+    sparse: bool = _setting(
+        True, Rule(bool, "", "Compute only the neurons that fire, where that is quicker; answers are the same.")
+    )
     cache_gib: float = _setting(
         64.0,
         Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
@@ -142,6 +145,7 @@ class Settings:
             cache_bytes=int(self.cache_gib * _GIB),
             offline=self.offline,
             kv=self.kv,
+            sparse=self.sparse,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
         )
@@ -252,7 +256,7 @@ SERVING = (
     "log_json",
     "log_prompts",
 )
-LOADING = ("ctx", "kv", "threads", "backend", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
+LOADING = ("ctx", "kv", "threads", "backend", "sparse", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

@@ -63,6 +63,7 @@ class Engine:
         self, compiled: CompiledProgram, program: Program, limits: EngineLimits, store: KvStore | None = None
     ) -> None:
         """store: of the identity of `program` on `compiled`."""
+        self.program = program
         self._compiled = compiled
         self._vocab_size = program.logits.width
         self._limits = limits

@@ -1,7 +1,7 @@
 """One sequence with the machine to itself: logits of every position, and measurements."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from isotherm.engine.sampling import Sampler
 from isotherm.program import batch as program_batch
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.batch import Batch
+from isotherm.program.ops import Value
 from isotherm.program.recording import Recording
 from isotherm.types import SamplingParams
 
@@ -53,6 +54,14 @@ class SoloSequence:
             self._forward(chunk, wanted)
             for first in range(0, len(wanted), block_rows):
                 yield self.compiled.logits(first, min(block_rows, len(wanted) - first))
+
+    def observe(self, ids: Sequence[int], wanted: Collection[Value], look: Callable[[Value, F32], None]) -> None:
+        """Computes `ids` and shows the wanted Values of them all: see CompiledProgram.observe."""
+        for start in range(0, len(ids), self.batch_tokens):
+            chunk = list(ids[start : start + self.batch_tokens])
+            batch = self._reserve(chunk, np.arange(len(chunk), dtype=np.int32))
+            self.compiled.observe(batch, wanted, look)
+            self.pages.commit(chunk)
 
     def time_prefill(self, num_tokens: int) -> float:
         """Seconds from an empty cache to the logits after `num_tokens` tokens."""
@@ -106,8 +115,11 @@ class SoloSequence:
         return row
 
     def _forward(self, ids: list[int], logit_rows: NDArray[np.int32]) -> None:
+        self.compiled.forward(self._reserve(ids, logit_rows))
+        self.pages.commit(ids)
+
+    def _reserve(self, ids: list[int], logit_rows: NDArray[np.int32]) -> Batch:
         has_room = self.pages.reserve(len(ids))
         assert has_room, "a sequence alone has room for the whole context"
         part = program_batch.Sequence(len(ids), len(self.pages.token_ids), self.pages.page_tables)
-        self.compiled.forward(Batch(np.array(ids, np.int32), (part,), logit_rows))
-        self.pages.commit(ids)
+        return Batch(np.array(ids, np.int32), (part,), logit_rows)

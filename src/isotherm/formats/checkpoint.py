@@ -24,7 +24,8 @@ class Checkpoint:
 
     Tensors go by canonical names: `embed`, `final_norm`, `head` (absent where tied to embed) and, per layer i,
     `layers.{i}.` with attn_norm, q, k, v, q_bias, k_bias, v_bias, o, q_norm, k_norm, post_attn_norm, ffn_norm, gate,
-    up, down, post_ffn_norm, as far as the family has them. Rotary pairs of q and k stand in halves.
+    up, down, post_ffn_norm, as far as the family has them; OPT also has `positions`, and `_bias` behind the name of
+    every other vector and matrix. Rotary pairs of q and k stand in halves.
     """
 
     path: Path

@@ -6,7 +6,7 @@ in GGUF. Whatever would change the arithmetic and is not understood here is refu
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats.gguf import GgufFile, GgufTensor
 from isotherm.formats.metadata import Metadata, quoted
 from isotherm.formats.tensor_source import InterleavedHeads, TensorSource
-from isotherm.types import ModelConfig, Rope
+from isotherm.types import Activation, ModelConfig, Rope
 
 MAX_LAYERS = 1 << 10
 MAX_HIDDEN_SIZE = 1 << 17
@@ -28,6 +28,9 @@ MAX_ROPE_NUMBER = 1e12  # bases and factors
 
 _EMBED = "token_embd.weight"
 _HEAD = "output.weight"
+_POSITIONS = "position_embd.weight"
+_OPT_FIRST_ROWS = (0, 2)  # of position 0: checkpoints have two rows before it, which converters may drop
+_ACTIVATION_KEY = "isotherm.activation"  # other writers of GGUF have no key for it
 _ROPE_FACTORS = "rope_freqs.weight"
 _GLOBAL_TENSORS = {"embed": _EMBED, "final_norm": "output_norm.weight", "head": _HEAD}
 _LAYER_TENSORS = {
@@ -50,11 +53,27 @@ _GEMMA_TENSORS = {
 }
 
 
+_OPT_TENSORS = {
+    **{name: stored for name, stored in _LAYER_TENSORS.items() if name != "gate"},
+    **_BIAS_TENSORS,
+    "attn_norm_bias": "attn_norm.bias",
+    "o_bias": "attn_output.bias",
+    "ffn_norm_bias": "ffn_norm.bias",
+    "up_bias": "ffn_up.bias",
+    "down_bias": "ffn_down.bias",
+}
+_OPT_GLOBAL_TENSORS = {"positions": _POSITIONS, "final_norm_bias": "output_norm.bias"}
+
+
 @dataclass(frozen=True)
 class Family:
     """How one architecture of GGUF maps to canonical names; `qkv_bias` None: as the file has it."""
 
     layer_tensors: Mapping[str, str]
+    global_tensors: Mapping[str, str] = field(default_factory=dict)  # beside those that all have
+    eps_key: str = "layer_norm_rms_epsilon"
+    has_rope: bool = True
+    may_name_activation: bool = False
     qkv_bias: bool | None = False
     interleaved_rope: bool = False
     rope_factors: bool = False  # may bring rope_freqs.weight
@@ -62,9 +81,10 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LAYER_TENSORS, qkv_bias=None, interleaved_rope=True, rope_factors=True),
+    "llama": Family(_LAYER_TENSORS, qkv_bias=None, interleaved_rope=True, rope_factors=True, may_name_activation=True),
     "qwen2": Family(_LAYER_TENSORS, qkv_bias=True),
     "gemma3": Family(_LAYER_TENSORS | _GEMMA_TENSORS, sliding_window=True),
+    "opt": Family(_OPT_TENSORS, _OPT_GLOBAL_TENSORS, eps_key="layer_norm_epsilon", has_rope=False),
 }
 
 # Keys that change the arithmetic, by the values at which they do not.
@@ -113,7 +133,7 @@ def read_config(file: GgufFile) -> ModelConfig:
     head_dim = _head_dim(metadata, name, hidden_size, num_heads)
     context_tokens = metadata.integer(f"{name}.context_length", low=1, high=MAX_CONTEXT_TOKENS)
     _refuse_variants(metadata, name)
-    rope = _rope(file, name, head_dim)
+    rope = _rope(file, name, head_dim) if family.has_rope else None
     window = metadata.integer(f"{name}.attention.sliding_window", low=0, high=MAX_CONTEXT_TOKENS, default=0)
     if window and not family.sliding_window and window < context_tokens:
         raise UnsupportedModel(f"{metadata.path}: sliding-window attention is not supported in {name}")
@@ -129,14 +149,16 @@ def read_config(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=_tensor(file, _EMBED).num_rows,
         context_tokens=context_tokens,
-        norm_eps=metadata.number(f"{name}.attention.layer_norm_rms_epsilon", low=0.0, high=1.0),
+        norm_eps=metadata.number(f"{name}.attention.{family.eps_key}", low=0.0, high=1.0),
         rope=rope,
         tied_head=_HEAD not in file.tensors,
+        activation=_activation(metadata, name),
         qkv_bias=family.qkv_bias if family.qkv_bias is not None else f"blk.0.{_BIAS_TENSORS['q_bias']}" in file.tensors,
         attention_scale=_attention_scale(metadata, name, num_layers, hidden_size / num_heads),
         sliding_window=window if is_windowed else None,
-        local_rope=_local_rope(metadata, name, rope.dims) if is_windowed else None,
+        local_rope=_local_rope(metadata, name, rope.dims) if is_windowed and rope else None,
         global_every=_global_every(metadata, name) if is_windowed else None,
+        first_position_row=0 if family.has_rope else _first_position_row(file, context_tokens),
     )
 
 
@@ -147,11 +169,12 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, TensorSource]
     """
     family = FAMILIES[config.family]
     shapes = _expected_shapes(config)
-    names = {canonical: stored for canonical, stored in _GLOBAL_TENSORS.items() if canonical in shapes}
+    global_tensors = {**_GLOBAL_TENSORS, **family.global_tensors}
+    names = {canonical: stored for canonical, stored in global_tensors.items() if canonical in shapes}
     layer_tensors = {**family.layer_tensors, **(_BIAS_TENSORS if config.qkv_bias else {})}
     for layer in range(config.num_layers):
         names |= {f"layers.{layer}.{suffix}": f"blk.{layer}.{stored}" for suffix, stored in layer_tensors.items()}
-    order = InterleavedHeads(config.head_dim, config.rope.dims) if family.interleaved_rope else None
+    order = InterleavedHeads(config.head_dim, config.rope.dims) if family.interleaved_rope and config.rope else None
     sources = {}
     for canonical, stored in names.items():
         tensor = _tensor(file, stored)
@@ -191,8 +214,11 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "gate": (ffn, hidden),
         "up": (ffn, hidden),
         "down": (hidden, ffn),
+        "up_bias": (1, ffn),
+        "positions": (config.first_position_row + config.context_tokens, hidden),
     }
     shapes |= dict.fromkeys(("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm"), (1, hidden))
+    shapes |= dict.fromkeys(("attn_norm_bias", "ffn_norm_bias", "final_norm_bias", "o_bias", "down_bias"), (1, hidden))
     if config.tied_head:
         del shapes["head"]
     return shapes
@@ -251,6 +277,27 @@ def _attention_scale(metadata: Metadata, name: str, num_layers: int, hidden_per_
     if scale == 0.0 and name == "gemma3" and num_layers == _GEMMA3_27B_LAYERS:
         return 1.0 / math.sqrt(hidden_per_head)  # llama.cpp knows the 27B by its layers too; its files do not say it
     return scale or None
+
+
+def _activation(metadata: Metadata, name: str) -> Activation:
+    value = metadata.string(_ACTIVATION_KEY, default=Activation.SILU.value)
+    known = [activation.value for activation in Activation]
+    if value not in known or (metadata.has(_ACTIVATION_KEY) and not FAMILIES[name].may_name_activation):
+        raise UnsupportedModel(
+            f"{metadata.path}: {_ACTIVATION_KEY} is {quoted(value)}, which is not supported in {name}; llama may have "
+            f"one of {', '.join(known)}"
+        )
+    return Activation(value)
+
+
+def _first_position_row(file: GgufFile, context_tokens: int) -> int:
+    first_row = _tensor(file, _POSITIONS).num_rows - context_tokens
+    if first_row not in _OPT_FIRST_ROWS:
+        raise ModelFileError(
+            f"{file.path}: tensor {_POSITIONS} has {first_row + context_tokens} rows for a context of "
+            f"{context_tokens}; the file is damaged"
+        )
+    return first_row
 
 
 def _rope(file: GgufFile, name: str, head_dim: int) -> Rope:

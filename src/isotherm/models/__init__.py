@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from isotherm.models import gemma3, llama
+from isotherm.models import gemma3, llama, opt
 from isotherm.program.recorder import Program
 from isotherm.types import ModelConfig
 
@@ -10,4 +10,5 @@ FAMILIES: dict[str, Callable[[ModelConfig], Program]] = {
     "llama": llama.record,
     "qwen2": llama.record,  # its biases on QKV are the config's
     "gemma3": gemma3.record,
+    "opt": opt.record,
 }

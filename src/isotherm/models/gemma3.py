@@ -1,8 +1,8 @@
 """Gemma 3 (Gemma Team 2025), text only: local and global layers, QK norm, norms on both sides of a block, GeGLU."""
 
-from isotherm.program.ops import Activation, AttentionShape
+from isotherm.program.ops import AttentionShape
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec
-from isotherm.types import ModelConfig
+from isotherm.types import Activation, ModelConfig
 
 GLOBAL, LOCAL = 0, 1  # state groups
 
@@ -10,6 +10,7 @@ GLOBAL, LOCAL = 0, 1  # state groups
 def record(config: ModelConfig) -> Program:
     """Every `global_every`-th layer sees all positions, the others a window, each kind with its own rope base."""
     assert config.global_every is not None
+    assert config.rope is not None
     assert config.local_rope is not None
     kinds = [GLOBAL if (i + 1) % config.global_every == 0 else LOCAL for i in range(config.num_layers)]
     heads = (config.num_kv_heads, config.head_dim)

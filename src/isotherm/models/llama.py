@@ -1,12 +1,13 @@
-"""Llama and what is built like it (Touvron et al. 2023; Qwen2 adds biases to QKV)."""
+"""Llama and what is built like it (Touvron et al. 2023; Qwen2 adds biases to QKV, ReluLLaMA changes the activation)."""
 
-from isotherm.program.ops import Activation, AttentionShape
+from isotherm.program.ops import AttentionShape
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec
 from isotherm.types import ModelConfig
 
 
 def record(config: ModelConfig) -> Program:
-    """Pre-norm blocks of rotary grouped-query attention and a SwiGLU FFN."""
+    """Pre-norm blocks of rotary grouped-query attention and a gated FFN."""
+    assert config.rope is not None
     state = StateSpec(StateKind.KV, config.num_layers, config.num_kv_heads, config.head_dim, window=None)
     scale = config.attention_scale or config.head_dim**-0.5
     shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, scale, window=None)
@@ -27,6 +28,6 @@ def record(config: ModelConfig) -> Program:
 
         h = r.norm(x, f"{name}.ffn_norm", config.norm_eps)
         names = (f"{name}.gate", f"{name}.up", f"{name}.down")
-        x = r.add(x, r.ffn(h, names, config.ffn_size, Activation.SILU))
+        x = r.add(x, r.ffn(h, names, config.ffn_size, config.activation))
     x = r.norm(r.select_rows(x), "final_norm", config.norm_eps)
     return r.finish(r.linear(x, "embed" if config.tied_head else "head", config.vocab_size))

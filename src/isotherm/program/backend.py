@@ -1,12 +1,13 @@
 """The seam between engine and machines: what a backend reads, and what it compiles a Program to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.program.batch import Batch
+from isotherm.program.ops import Value
 from isotherm.program.recording import Recording
 from isotherm.types import QuantType
 
@@ -38,6 +39,14 @@ class CompiledProgram(Protocol):
 
     def logits(self, first: int, count: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Logits [count, vocab_size] of the last batch's logit rows from `first` on; in `out`, where that is given."""
+
+    def observe(
+        self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, NDArray[np.float32]], None]
+    ) -> None:
+        """`forward`, which shows the wanted Values [rows, width] in the order in which they are made.
+
+        Behind SelectRows they are shown in blocks of logit rows. There are no logits of the batch after it.
+        """
 
     @property
     def page_bytes(self) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
 """Rewrites a recorded Program into the fused ops that a quantising backend runs.
 
-Four patterns, each tried on the op at hand with the ops that use its result:
+Five patterns, each tried on the op at hand with the ops that use its result:
 
     Norm -> Linear.. | Ffn            the norm moves into the op that quantises
     Linear, Linear.. of one input     one QuantLinear: the input is quantised once (Q, K and V)
     Linear -> Add                     QuantLinear with a residual
     Norm -> Add                       AddNorm
-    [Norm] -> RopeOp -> Attention     RopeAttention
+    [[Norm] -> RopeOp] -> Attention   RopeAttention
 
 Last, SelectRows moves up to the last attention: what follows it is computed for the rows that are asked for only.
 
@@ -14,6 +14,7 @@ An intermediate value that anything else reads stops its pattern; what no patter
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
 from isotherm.program import ops
@@ -22,9 +23,12 @@ from isotherm.program.recorder import Program
 from isotherm.types import Rope
 
 
-def lower(program: Program) -> Program:
-    """The same function of tokens, in ops of the second group of `ops.py`."""
-    return replace(program, ops=tuple(_select_early(_Lowering(program).run())))
+def lower(program: Program, is_sparse: Callable[[ops.Ffn], bool] = lambda _: False) -> Program:
+    """The same function of tokens, in ops of the second group of `ops.py`.
+
+    is_sparse: whether an FFN is to be computed by neurons where few of them fire; for activations with zeros only.
+    """
+    return replace(program, ops=tuple(_select_early(_Lowering(program, is_sparse).run())))
 
 
 def _select_early(lowered: list[Op]) -> list[Op]:
@@ -46,8 +50,9 @@ def _select_early(lowered: list[Op]) -> list[Op]:
 
 
 class _Lowering:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, is_sparse: Callable[[ops.Ffn], bool]) -> None:
         self._program = program
+        self._is_sparse = is_sparse
         self._num_values = 1 + max(value.index for op in program.ops for value in ops.outputs(op))
         self._maker: dict[Value, Op] = {value: op for op in program.ops for value in ops.outputs(op)}
         self._readers: dict[Value, list[Op]] = defaultdict(list)
@@ -62,7 +67,7 @@ class _Lowering:
             if self._done.issuperset(ops.outputs(op)):
                 continue
             match op:
-                case ops.Embed() | ops.SelectRows():
+                case ops.Embed() | ops.EmbedPositions() | ops.SelectRows():
                     self._out.append(op)
                 case ops.Linear():
                     self._linear(op)
@@ -90,6 +95,7 @@ class _Lowering:
         if add is None:
             return self._absorbed(op.out, (ops.Linear, ops.Ffn, ops.RopeOp))
         assert op.group == op.x.width
+        assert op.norm.bias is None
         self._out.append(ops.AddNorm(add.out, add.a if add.b == op.out else add.b, op.x, op.norm))
         self._done.add(add.out)
         return None
@@ -120,15 +126,31 @@ class _Lowering:
 
     def _ffn(self, op: ops.Ffn) -> None:
         x, norm = self._input_of(op.x)
-        hidden = Value(self._num_values, op.ffn_size)
-        self._num_values += 1
-        self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
+        is_sparse = self._is_sparse(op)
+        assert op.activation.has_zeros or not is_sparse
+        hidden = self._new_value(op.ffn_size)
+        if op.gate is not None and is_sparse:
+            gated = self._new_value(op.ffn_size)
+            self._out.append(ops.QuantLinear(x, norm, (Projection(gated, op.gate, None),), None))
+            self._out.append(ops.SparseUp(hidden, gated, x, norm, op.up, op.activation))
+        elif op.gate is None:
+            up = (Projection(hidden, op.up, op.up_bias),)
+            self._out.append(ops.QuantLinear(x, norm, up, None, op.activation))
+        else:
+            self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
         add = self._only_reader(op.out, ops.Add)
         out, residual = op.out, None
         if add is not None:
             out, residual = add.out, add.a if add.b == op.out else add.b
             self._done.add(add.out)
-        self._out.append(ops.QuantLinear(hidden, None, (Projection(out, op.down, None),), residual))
+        if is_sparse:
+            self._out.append(ops.SparseDown(out, hidden, op.down, op.down_bias, residual))
+        else:
+            self._out.append(ops.QuantLinear(hidden, None, (Projection(out, op.down, op.down_bias),), residual))
+
+    def _new_value(self, width: int) -> Value:
+        self._num_values += 1
+        return Value(self._num_values - 1, width)
 
     def _attention(self, op: ops.Attention) -> None:
         q, rope, q_norm = self._before_attention(op.q)
@@ -137,9 +159,10 @@ class _Lowering:
         fused = ops.RopeAttention(op.out, q, k, op.v, q_norm, k_norm, rope, op.shape, op.state, op.slot)
         self._out.append(fused)
 
-    def _before_attention(self, value: Value) -> tuple[Value, Rope, NormWeights | None]:
+    def _before_attention(self, value: Value) -> tuple[Value, Rope | None, NormWeights | None]:
         rotated = self._maker[value]
-        assert isinstance(rotated, ops.RopeOp)
+        if not isinstance(rotated, ops.RopeOp):
+            return value, None, None
         normed = self._maker[rotated.x]
         if isinstance(normed, ops.Norm):
             assert normed.group == rotated.head_dim

@@ -10,12 +10,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
-from isotherm.types import Rope
-
-
-class Activation(Enum):
-    SILU = "silu"
-    GELU_TANH = "gelu_tanh"
+from isotherm.types import Activation, Rope
 
 
 @dataclass(frozen=True)
@@ -31,12 +26,17 @@ class Value:
 
 @dataclass(frozen=True)
 class NormWeights:
-    """RMS norm: x / sqrt(mean(x * x) + eps) * weight (Zhang and Sennrich, 2019)."""
+    """RMS norm: x / sqrt(mean(x * x) + eps) * weight (Zhang and Sennrich, 2019). With a bias layer norm, of d = x -
+    mean(x): d / sqrt(mean(d * d) + eps) * weight + bias (Ba, Kiros and Hinton, 2016).
+    """
 
     weight: str
     eps: float
+    bias: str | None = None
 
     def __str__(self) -> str:
+        if self.bias is not None:
+            return f"layer({self.weight}, {self.bias}, eps={self.eps:.3g})"
         return f"rms({self.weight}, eps={self.eps:.3g})"
 
 
@@ -53,8 +53,18 @@ class Embed:
 
 
 @dataclass(frozen=True)
+class EmbedPositions:
+    """out = x + rows of `weight` by position; position 0 has row `first_row`."""
+
+    out: Value
+    x: Value
+    weight: str
+    first_row: int
+
+
+@dataclass(frozen=True)
 class Norm:
-    """RMS norm over each run of `group` columns: the whole width, or one head."""
+    """Norm over each run of `group` columns: the whole width, or one head."""
 
     out: Value
     x: Value
@@ -106,15 +116,19 @@ class Attention:
 
 @dataclass(frozen=True)
 class Ffn:
-    """out = (activation(x @ gate.T) * (x @ up.T)) @ down.T: the one seam for sparsity."""
+    """out = hidden @ down.T + down_bias, hidden being activation(x @ gate.T) * (x @ up.T), or, where there is no gate,
+    activation(x @ up.T + up_bias): the one seam for sparsity. A neuron is one hidden column.
+    """
 
     out: Value
     x: Value
-    gate: str
+    gate: str | None
     up: str
     down: str
     ffn_size: int
     activation: Activation
+    up_bias: str | None = None
+    down_bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,12 +160,16 @@ class Projection:
 
 @dataclass(frozen=True)
 class QuantLinear:
-    """Quantises norm(x) once and runs every projection over it; one with a residual has one projection."""
+    """Quantises norm(x) once and runs every projection over it; one with a residual has one projection.
+
+    activation: of what a projection gives, its bias included; never with a residual.
+    """
 
     x: Value
     norm: NormWeights | None
     projections: tuple[Projection, ...]
     residual: Value | None
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +185,31 @@ class QuantGlu:
 
 
 @dataclass(frozen=True)
+class SparseUp:
+    """out = activation(gated) * (q(norm(x)) @ weight.T), of which rows are needed where activation(gated) is not 0."""
+
+    out: Value
+    gated: Value
+    x: Value
+    norm: NormWeights | None
+    weight: str
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class SparseDown:
+    """out = q(x) @ weight.T + bias + residual, of which columns are needed only where the code of x is not 0."""
+
+    out: Value
+    x: Value
+    weight: str
+    bias: str | None
+    residual: Value | None
+
+
+@dataclass(frozen=True)
 class RopeAttention:
-    """Norms and rotates q and k, appends k and v, attends: everything between QKV and O."""
+    """Norms and rotates q and k, where the family does so, appends k and v, attends: everything between QKV and O."""
 
     out: Value
     q: Value
@@ -176,7 +217,7 @@ class RopeAttention:
     v: Value
     q_norm: NormWeights | None
     k_norm: NormWeights | None
-    rope: Rope
+    rope: Rope | None
     shape: AttentionShape
     state: int
     slot: int
@@ -192,9 +233,10 @@ class AddNorm:
     norm: NormWeights
 
 
-RecordedOp = Embed | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
-LoweredOp = Embed | QuantLinear | QuantGlu | RopeAttention | AddNorm | SelectRows | Add
-Op = RecordedOp | QuantLinear | QuantGlu | RopeAttention | AddNorm
+RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
+SparseOp = SparseUp | SparseDown
+LoweredOp = Embed | EmbedPositions | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm | SelectRows | Add
+Op = RecordedOp | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm
 
 
 def outputs(op: Op) -> tuple[Value, ...]:
@@ -230,5 +272,6 @@ def show(item: Any) -> str:
     if isinstance(item, Projection):
         bias = f" + {item.bias}" if item.bias else ""
         return f"{item.out}: {item.out.width} = {item.weight}{bias}"
-    pairs = ", ".join(f"{f.name}={show(getattr(item, f.name))}" for f in fields(item) if f.name != "out")
-    return f"{type(item).__name__}({pairs})"
+    is_op = isinstance(item, Op)  # of which options that are not taken are left out
+    shown = [f for f in fields(item) if f.name != "out" and not (is_op and getattr(item, f.name) is f.default)]
+    return f"{type(item).__name__}({', '.join(f'{f.name}={show(getattr(item, f.name))}' for f in shown)})"

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from isotherm.program import ops
-from isotherm.program.ops import Activation, AttentionShape, NormWeights, Op, Value
-from isotherm.types import KvType, Rope
+from isotherm.program.ops import AttentionShape, NormWeights, Op, Value
+from isotherm.types import Activation, KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
 
@@ -80,9 +80,15 @@ class Recorder:
         self._ops.append(ops.Embed(out, weight, scale))
         return out
 
-    def norm(self, x: Value, weight: str, eps: float, group: int | None = None) -> Value:
+    def embed_positions(self, x: Value, weight: str, first_row: int) -> Value:
         out = self._value(x.width)
-        self._ops.append(ops.Norm(out, x, NormWeights(weight, eps), group or x.width))
+        self._ops.append(ops.EmbedPositions(out, x, weight, first_row))
+        return out
+
+    def norm(self, x: Value, weight: str, eps: float, group: int | None = None, bias: str | None = None) -> Value:
+        """A layer norm where there is a bias."""
+        out = self._value(x.width)
+        self._ops.append(ops.Norm(out, x, NormWeights(weight, eps, bias), group or x.width))
         return out
 
     def linear(self, x: Value, weight: str, width: int, bias: str | None = None) -> Value:
@@ -106,6 +112,13 @@ class Recorder:
         """`names` are the weights gate, up and down."""
         out = self._value(x.width)
         self._ops.append(ops.Ffn(out, x, *names, ffn_size, activation))
+        return out
+
+    def ffn_without_gate(self, x: Value, name: str, ffn_size: int, activation: Activation) -> Value:
+        """`name` is the layer's, whose up and down have biases."""
+        out = self._value(x.width)
+        up, down = f"{name}.up", f"{name}.down"
+        self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, f"{up}_bias", f"{down}_bias"))
         return out
 
     def add(self, a: Value, b: Value) -> Value:

@@ -196,7 +196,7 @@ def pack_tiles(raw: U8, quant_type: QuantType, num_columns: int) -> U8:
     """`raw` [rows, row_bytes] as tiles [tiles, tile_bytes], not yet interleaved."""
     num_tiles, num_units = -(-len(raw) // TILE_ROWS), _num_units(quant_type, padded_columns(num_columns))
     tiles = np.empty((num_tiles, num_units), UNITS[quant_type].record)
-    for name, values in _tile_fields(raw, quant_type, num_columns).items():
+    for name, values in tile_fields(raw, quant_type, num_columns).items():
         field = tiles[name]  # [tiles, units, ..., 16]
         padded = _zero_padded(values, num_tiles * TILE_ROWS, field.size // (num_tiles * TILE_ROWS))
         field[...] = np.moveaxis(padded.reshape(num_tiles, TILE_ROWS, *field.shape[1:-1]), 1, -1)
@@ -239,7 +239,7 @@ def _steps(raw: U8, row_alignment: int) -> Iterator[slice]:
     return (slice(start, start + step_rows) for start in range(0, len(raw), step_rows))
 
 
-def _tile_fields(raw: U8, quant_type: QuantType, num_columns: int) -> dict[str, NDArray[Any]]:
+def tile_fields(raw: U8, quant_type: QuantType, num_columns: int) -> dict[str, NDArray[Any]]:
     """The fields of the type's unit, each [rows, values along the columns], before padding and transposition."""
     if quant_type.is_float:
         return {"lines": view_floats(raw, quant_type, num_columns)}
@@ -264,7 +264,7 @@ def _tile_fields(raw: U8, quant_type: QuantType, num_columns: int) -> dict[str, 
 
 
 def _source_blocks(fields: dict[str, NDArray[Any]], quant_type: QuantType, num_columns: int) -> NDArray[np.void]:
-    """The inverse of `_tile_fields`: source blocks [rows, blocks]."""
+    """The inverse of `tile_fields`: source blocks [rows, blocks]."""
     assert quant_type not in TRANSCODED
     rows, num_blocks = len(fields["lines"]), num_columns // quant_type.block_elements
     blocks = np.empty((rows, num_blocks), BLOCKS[quant_type])

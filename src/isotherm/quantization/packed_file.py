@@ -29,6 +29,7 @@ import numpy as np
 
 from isotherm import _native
 from isotherm.quantization.layouts import F32, U8
+from isotherm.quantization.neurons import neuron_bytes, neuron_form, row_bytes
 from isotherm.quantization.p32 import packed_bytes
 from isotherm.types import QuantType
 
@@ -51,6 +52,8 @@ class EntryKind(Enum):
     MATRIX = "matrix"  # P32
     PAIR = "pair"  # P32 of two matrices of one shape
     VECTOR = "vector"  # plain float32: norms, biases
+    ROWS = "rows"  # of a matrix, each in one piece: see neurons.py
+    NEURONS = "neurons"  # columns of a matrix, each in one piece
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,18 @@ class EntrySpec:
             return False
         if self.kind is EntryKind.VECTOR:
             return self.types == (QuantType.F32,)
+        if self.kind is EntryKind.NEURONS and neuron_form(self.types[0]) is None:
+            return False
         return len(self.shape) == 2 and not any(self.shape[1] % of_type.block_elements for of_type in self.types)
 
     @property
     def num_bytes(self) -> int:
         if self.kind is EntryKind.VECTOR:
             return 4 * math.prod(self.shape)
+        if self.kind is EntryKind.ROWS:
+            return self.shape[0] * row_bytes(self.types[0], self.shape[1])
+        if self.kind is EntryKind.NEURONS:
+            return neuron_bytes(self.types[0], *self.shape)
         types = (self.types[0], self.types[-1])
         return packed_bytes(types, self.shape[0], self.shape[1], pair=self.kind is EntryKind.PAIR)
 

@@ -1,6 +1,7 @@
 """The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import astuple
 from typing import TypeVar
 
 import numpy as np
@@ -9,15 +10,16 @@ from numpy.typing import NDArray
 from isotherm import _native
 from isotherm.backends.cpu.buffers import plan_buffers
 from isotherm.backends.cpu.limits import CpuLimits
-from isotherm.backends.cpu.packing import pair_name
+from isotherm.backends.cpu.packing import neurons_name, pair_name, rows_name
 from isotherm.backends.cpu.step_facts import describe_steps, max_marks
 from isotherm.errors import UnsupportedModel
 from isotherm.program import ops
 from isotherm.program.batch import Batch
-from isotherm.program.ops import NormWeights
+from isotherm.program.ops import NormWeights, Value
 from isotherm.program.recorder import Program
 from isotherm.program.recording import MARK, Recording, Walk
 from isotherm.program.rope import rope_table
+from isotherm.quantization.neurons import neuron_form
 from isotherm.quantization.packed_file import PackedWeights
 from isotherm.types import KvType, Rope
 
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
+_MOST_ACTIVE = 0.5  # share of neurons up to which those that fire are computed alone
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
@@ -44,31 +47,45 @@ class CpuBackend:
         compiler = _Compiler(builder, program, self._weights, limits)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)
-        return CompiledCpu(executor, program, self._weights, compiler.rope_tables)
+        return CompiledCpu(executor, program, self._weights, compiler)
 
 
 class CompiledCpu:
     """See `program.backend.CompiledProgram`. Calls release the GIL and are not thread safe."""
 
     def __init__(
-        self, executor: "_native.Executor", program: Program, weights: PackedWeights, rope_tables: dict[Rope, F32]
+        self, executor: "_native.Executor", program: Program, weights: PackedWeights, compiler: "_Compiler"
     ) -> None:
         self._executor = executor
         self._program = program
         self._weights = weights
-        self._rope_tables = rope_tables
+        self._buffers = compiler.buffers
+        self._rope_tables = compiler.rope_tables
         self._num_positions = 0  # that the rope tables hold
         self._walks: list[Walk] | None = None  # what was computed, while it is recorded
 
     def forward(self, batch: Batch) -> None:
+        sequences = self._begin(batch)
+        finished = self._executor.run(batch.token_ids, sequences, batch.logit_rows)
+        assert finished, "stopped, though nothing was raised"
+
+    def observe(self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, F32], None]) -> None:
+        assert self._walks is None, "what is observed is not recorded"
+        written = [(i, value) for i, op in enumerate(self._program.ops) for value in ops.outputs(op) if value in wanted]
+        stops = [(i, self._buffers.at[value]) for i, value in written]
+        sequences = self._begin(batch)
+        finished = self._executor.observe(
+            batch.token_ids, sequences, batch.logit_rows, stops, lambda stop, rows: look(written[stop][1], rows)
+        )
+        assert finished, "stopped, though nothing was raised"
+
+    def _begin(self, batch: Batch) -> list[tuple[int, int, list[NDArray[np.int32]]]]:
         end = max(sequence.num_cached + sequence.num_new for sequence in batch.sequences)
         if end > self._num_positions:
             self._fill_rope_tables(end)
         if self._walks is not None:
             self._walks.append(Walk(len(batch.token_ids), tuple((s.num_new, s.num_cached) for s in batch.sequences)))
-        sequences = [(s.num_new, s.num_cached, list(s.page_tables)) for s in batch.sequences]
-        finished = self._executor.run(batch.token_ids, sequences, batch.logit_rows)
-        assert finished, "stopped, though nothing was raised"
+        return [(s.num_new, s.num_cached, list(s.page_tables)) for s in batch.sequences]
 
     def logits(self, first: int, count: int, out: F32 | None = None) -> F32:
         if self._walks is not None:
@@ -139,30 +156,40 @@ class _Compiler:
         self._rope_indices: dict[Rope, int] = {}
         self._matrices: dict[str, int] = {}
         self._vectors: dict[str, int] = {}
-        self._buffers = plan_buffers(program)
+        self.buffers = plan_buffers(program)
 
     def compile(self) -> None:
         for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
             is_q8_0 = state.kv_type is KvType.Q8_0
             self._builder.pool(is_q8_0, state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
-        for width in self._buffers.widths:
+        for width in self.buffers.widths:
             self._builder.buffer(width)
         for op in self._program.ops:
             self._step(op)
 
     def _step(self, op: ops.Op) -> None:
-        b, at = self._builder, self._buffers.at
+        b, at = self._builder, self.buffers.at
         match op:
             case ops.Embed():
                 b.embed(self._matrix(op.weight), op.scale, at[op.out])
+            case ops.EmbedPositions():
+                b.embed_positions(at[op.x], self._matrix(op.weight), op.first_row, at[op.out])
             case ops.QuantLinear():
                 projections = [
                     (self._matrix(p.weight), self._vector(p.bias) if p.bias else -1, at[p.out]) for p in op.projections
                 ]
-                b.linear(at[op.x], self._norm(op.norm), projections, at[op.residual] if op.residual else -1)
+                residual = at[op.residual] if op.residual else -1
+                activation = op.activation.value if op.activation else ""
+                b.linear(at[op.x], self._norm(op.norm), projections, residual, activation)
             case ops.QuantGlu():
-                gelu = op.activation is ops.Activation.GELU_TANH
-                b.glu(at[op.x], self._norm(op.norm), self._matrix(pair_name(op.gate, op.up)), gelu, at[op.out])
+                pair = self._matrix(pair_name(op.gate, op.up))
+                b.glu(at[op.x], self._norm(op.norm), pair, op.activation.value, at[op.out])
+            case ops.SparseUp():
+                rows, most = self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
+                x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
+                b.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+            case ops.SparseDown():
+                self._sparse_down(op)
             case ops.RopeAttention():
                 b.attention(self._attention(op))
             case ops.AddNorm():
@@ -173,6 +200,15 @@ class _Compiler:
                 b.select(at[op.x], at[op.out])
             case _:
                 raise AssertionError(f"{type(op).__name__} is not a lowered op")
+
+    def _sparse_down(self, op: ops.SparseDown) -> None:
+        at, name = self.buffers.at, neurons_name(op.weight)
+        form = neuron_form(self._weights.entry(name).types[0])
+        assert form is not None
+        projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
+        residual = at[op.residual] if op.residual else -1
+        neurons, most = self._weights.array(name).view(np.uint8), int(_MOST_ACTIVE * op.x.width)
+        self._builder.down(at[op.x], projection, residual, neurons, astuple(form), most)
 
     def _matrix(self, name: str) -> int:
         if name not in self._matrices:
@@ -187,9 +223,14 @@ class _Compiler:
         return self._vectors[name]
 
     def _norm(self, norm: NormWeights | None) -> "_native.NormRef":
-        return _native.NormRef(self._vector(norm.weight), norm.eps) if norm else _native.NormRef(-1, 0.0)
+        if norm is None:
+            return _native.NormRef(-1, 0.0, -1)
+        bias = self._vector(norm.bias) if norm.bias else -1
+        return _native.NormRef(self._vector(norm.weight), norm.eps, bias)
 
-    def _rope(self, rope: Rope) -> int:
+    def _rope(self, rope: Rope | None) -> int:
+        if rope is None:
+            return -1
         if rope not in self._rope_indices:
             self.rope_tables[rope] = np.zeros((self._limits.context_tokens, rope.dims), np.float32)
             self._rope_indices[rope] = self._builder.rope_table(self.rope_tables[rope])
@@ -201,7 +242,7 @@ class _Compiler:
                 f"heads of {op.shape.head_dim} columns; the native backend needs a multiple of {HEAD_DIM_MULTIPLE}"
             )
         spec = _native.AttentionSpec()
-        spec.q, spec.k, spec.v, spec.out = (self._buffers.at[value] for value in (op.q, op.k, op.v, op.out))
+        spec.q, spec.k, spec.v, spec.out = (self.buffers.at[value] for value in (op.q, op.k, op.v, op.out))
         spec.q_norm, spec.k_norm = self._norm(op.q_norm), self._norm(op.k_norm)
         spec.rope_table = self._rope(op.rope)
         spec.num_heads, spec.num_kv_heads = op.shape.num_heads, op.shape.num_kv_heads

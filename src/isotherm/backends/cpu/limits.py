@@ -28,8 +28,9 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     """Bytes of buffers, quantised rows, rope tables and every thread's scratch, once all of it is in use."""
     rows = max(limits.max_tokens, limits.max_head_rows)
     *widths, vocab_size = plan_buffers(program).widths
-    inputs = [op.x.width for op in program.ops if isinstance(op, ops.QuantLinear | ops.QuantGlu)]
-    ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention)}
+    reading = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown)
+    inputs = [op.x.width for op in program.ops if isinstance(op, reading)]
+    ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention) and op.rope}
     floats = rows * sum(widths) + limits.max_head_rows * vocab_size + limits.context_tokens * sum(r.dims for r in ropes)
     quantised = rows * max(inputs) * 3  # a byte per code, and less than two for scales, sums and starts
     totals = num_threads * rows * 32 * 4

@@ -1,7 +1,7 @@
 """Which packed entries a lowered Program needs, and how they are made from stored tensors."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
+from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
+from isotherm.quantization.neurons import neuron_form, pack_neurons, pack_rows
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
 from isotherm.quantization.packed_cache import open_or_build
 from isotherm.quantization.packed_file import (
@@ -23,6 +25,8 @@ from isotherm.quantization.packed_file import (
 )
 from isotherm.types import QuantType
 
+BY_NEURON = (EntryKind.ROWS, EntryKind.NEURONS)  # beside a dense form of the same weights
+
 _READ_BYTES = 8 << 20  # of a source tensor at once: source and packed form never stand in memory together
 
 
@@ -30,10 +34,40 @@ def pair_name(gate: str, up: str) -> str:
     return f"{gate}+{up}"
 
 
+def rows_name(up: str) -> str:
+    return f"{up}.rows"
+
+
+def neurons_name(down: str) -> str:
+    return f"{down}.neurons"
+
+
+def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Program:
+    """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron."""
+
+    def is_sparse(op: ops.Ffn) -> bool:
+        return op.activation.has_zeros and neuron_form(tensors[op.down].quant_type) is not None
+
+    return lower(program, is_sparse)
+
+
+def token_bytes(entries: Sequence[EntrySpec], *, is_head_tied: bool) -> int:
+    """Bytes of weights that a token reads where every neuron fires."""
+    gathered = {"positions"} if is_head_tied else {"positions", "embed"}  # one row of each is nothing beside the rest
+    return sum(spec.num_bytes for spec in entries if spec.name not in gathered and spec.kind not in BY_NEURON)
+
+
+def token_ops(entries: Sequence[EntrySpec]) -> int:
+    """Operations of a token in the layers' matrices, where every neuron fires; a multiply-add is two."""
+    unread = {EntryKind.VECTOR, *BY_NEURON}
+    in_layers = [spec for spec in entries if spec.kind not in unread and "." in spec.name]
+    return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
+
+
 def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> list[tuple[EntrySpec, list[WeightTensor]]]:
     """Every weight of a lowered Program in the order in which ops read them, with the tensors that it is made of."""
     entries: dict[str, tuple[EntrySpec, list[WeightTensor]]] = {}
-    for name, parts in _weights(program):
+    for name, parts, kind in _weights(program):
         if name in entries:
             continue
         sources = [tensors[part] for part in parts]
@@ -41,7 +75,6 @@ def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> lis
         if rows == 1:
             spec = EntrySpec(name, EntryKind.VECTOR, (QuantType.F32,), (columns,))
         else:
-            kind = EntryKind.PAIR if len(sources) == 2 else EntryKind.MATRIX
             spec = EntrySpec(name, kind, tuple(source.quant_type for source in sources), (rows, columns))
         entries[name] = spec, sources
     return list(entries.values())
@@ -53,8 +86,10 @@ def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: Pa
         if spec.kind is EntryKind.VECTOR:
             vector = dequantise(sources[0].read(), sources[0].quant_type, spec.shape[0])[0]
             sink.add(spec, [vector.view(np.uint8)])
+        elif spec.kind is EntryKind.NEURONS:
+            sink.add(spec, [pack_neurons(sources[0].read(), sources[0].quant_type, spec.shape[1])])
         else:
-            sink.add(spec, _pieces(sources))
+            sink.add(spec, _pieces(spec.kind, sources))
 
 
 def pack_in_memory(program: Program, tensors: Mapping[str, WeightTensor]) -> PackedMemory:
@@ -84,30 +119,45 @@ def open_packed(
         return pack_in_memory(program, tensors)
 
 
-def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Entry names with the tensors that each is made of."""
+def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind]]:
+    """Entry names with the tensors that each is made of; kind: where they are matrices."""
     for op in program.ops:
         match op:
-            case ops.Embed():
-                yield op.weight, (op.weight,)
+            case ops.Embed() | ops.EmbedPositions():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
             case ops.QuantLinear():
                 for projection in op.projections:
-                    yield projection.weight, (projection.weight,)
-                    if projection.bias:
-                        yield projection.bias, (projection.bias,)
+                    yield from _matrix(projection.weight, projection.bias)
             case ops.QuantGlu():
-                yield pair_name(op.gate, op.up), (op.gate, op.up)
+                yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
+            case ops.SparseUp():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
+                yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+            case ops.SparseDown():
+                yield from _matrix(op.weight, op.bias)
+                yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS
         norms = (getattr(op, field, None) for field in ("norm", "q_norm", "k_norm"))
-        yield from ((norm.weight, (norm.weight,)) for norm in norms if norm is not None)
+        vectors = (name for norm in norms if norm is not None for name in (norm.weight, norm.bias) if name is not None)
+        yield from ((name, (name,), EntryKind.VECTOR) for name in vectors)
 
 
-def _pieces(sources: list[WeightTensor]) -> Iterator[NDArray[np.uint8]]:
+def _matrix(weight: str, bias: str | None) -> Iterator[tuple[str, tuple[str, ...], EntryKind]]:
+    yield weight, (weight,), EntryKind.MATRIX
+    if bias:
+        yield bias, (bias,), EntryKind.VECTOR
+
+
+def _pieces(kind: EntryKind, sources: list[WeightTensor]) -> Iterator[NDArray[np.uint8]]:
     rows, columns = sources[0].shape
     row_bytes = sum(source.quant_type.row_bytes(columns) for source in sources)
     step = max(1, _READ_BYTES // row_bytes // PANEL_ROWS) * PANEL_ROWS
     for start in range(0, rows, step):
         raw = [source.read(start, min(rows, start + step)) for source in sources]
-        if len(raw) == 1:
-            yield from matrix_pieces(raw[0], sources[0].quant_type, columns)
-        else:
-            yield from pair_pieces(raw[0], sources[0].quant_type, raw[1], sources[1].quant_type, columns)
+        types = [source.quant_type for source in sources]
+        match kind:
+            case EntryKind.PAIR:
+                yield from pair_pieces(raw[0], types[0], raw[1], types[1], columns)
+            case EntryKind.ROWS:
+                yield pack_rows(raw[0], types[0], columns).reshape(-1)
+            case _:
+                yield from matrix_pieces(raw[0], types[0], columns)

@@ -12,7 +12,8 @@ from isotherm.quantization.packed_file import EntrySpec
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _NORM_AND_QUANTISE = "norm, quantise"
 _ROPE_AND_APPEND = "rope, append"
-_MAX_MARKS = {ops.RopeAttention: 6, ops.QuantLinear: 4, ops.QuantGlu: 4}  # two for each part; split attention has three
+_QUANTISING = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown)
+_MAX_MARKS = {ops.RopeAttention: 6, **dict.fromkeys(_QUANTISING, 4)}  # two for each part; split attention has three
 
 
 def max_marks(program: Program) -> int:
@@ -43,11 +44,18 @@ class _Description:
             case ops.Embed():
                 entry = self._entry(op.weight)
                 return StepFacts("embed", row_bytes=entry.num_bytes // entry.shape[0])
+            case ops.EmbedPositions():
+                entry = self._entry(op.weight)
+                return StepFacts("embed positions", row_bytes=entry.num_bytes // entry.shape[0])
             case ops.QuantLinear():
                 names = [projection.weight for projection in op.projections]
                 return self._matmul("head" if self._layer is None else _joined(names), names)
             case ops.QuantGlu():
                 return self._matmul("glu", [pair_name(op.gate, op.up)])
+            case ops.SparseUp():
+                return self._matmul("up, those that fire", [op.weight])
+            case ops.SparseDown():
+                return self._matmul("down, those that fire", [op.weight])
             case ops.RopeAttention():
                 state = self._program.states[op.state]
                 return StepFacts(
@@ -84,6 +92,8 @@ def _weight_names(op: ops.Op) -> tuple[str, ...]:
             return tuple(projection.weight for projection in op.projections)
         case ops.QuantGlu():
             return op.gate, op.up
+        case ops.SparseUp() | ops.SparseDown():
+            return (op.weight,)
         case ops.AddNorm():
             return (op.norm.weight,)
         case _:

@@ -1,9 +1,9 @@
 """The truth, in NumPy: runs any Program, recorded in float32, lowered in the arithmetic of the contract."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,15 @@ class CompiledReference:
         out[:] = logits
         return out
 
+    def observe(self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, F32], None]) -> None:
+        self._batch, self._values = batch, {}
+        shown = [i for i, op in enumerate(self._program.ops) if any(value in wanted for value in ops.outputs(op))]
+        for op in self._program.ops[: max([self._head, *(i + 1 for i in shown)])]:
+            self._step(op, self._values, batch)
+            for value in ops.outputs(op):
+                if value in wanted:
+                    look(value, self._values[value])
+
     @property
     def page_bytes(self) -> tuple[int, ...]:
         return tuple(kv[:, 0].nbytes for kv in self._kv)
@@ -122,9 +131,11 @@ class CompiledReference:
         match op:
             case ops.Embed():
                 values[op.out] = w.floats(op.weight)[batch.token_ids] * np.float32(op.scale)
+            case ops.EmbedPositions():
+                values[op.out] = values[op.x] + w.floats(op.weight)[op.first_row + batch.positions()]
             case ops.Norm():
                 x = values[op.x].reshape(-1, op.group)
-                values[op.out] = float32.rms_norm(x, w.vector(op.norm.weight), op.norm.eps).reshape(values[op.x].shape)
+                values[op.out] = self._norm(float32, x, op.norm).reshape(values[op.x].shape)
             case ops.Linear():
                 values[op.out] = values[op.x] @ w.floats(op.weight).T + (w.vector(op.bias) if op.bias else 0)
             case ops.RopeOp():
@@ -133,9 +144,7 @@ class CompiledReference:
             case ops.Attention():
                 values[op.out] = self._attention(op, values, batch, exact=False)
             case ops.Ffn():
-                x = values[op.x]
-                hidden = float32.activate(x @ w.floats(op.gate).T, op.activation) * (x @ w.floats(op.up).T)
-                values[op.out] = hidden @ w.floats(op.down).T
+                values[op.out] = self._ffn(values[op.x], op)
             case ops.Add():
                 values[op.out] = values[op.a] + values[op.b]
             case ops.SelectRows():
@@ -146,19 +155,48 @@ class CompiledReference:
                     y = self._project(x, quantised, projection.weight)
                     if projection.bias:
                         y = y + w.vector(projection.bias)
+                    if op.activation:
+                        y = contract.activate(y, op.activation)
                     values[projection.out] = y if op.residual is None else values[op.residual] + y
             case ops.QuantGlu():
                 x, quantised = self._quantise(values[op.x], op.norm)
                 gate, up = (self._project(x, quantised, name) for name in (op.gate, op.up))
-                values[op.out] = contract.activate(gate, op.activation) * up
+                values[op.out] = contract.glu(gate, up, op.activation)
+            case ops.SparseUp():
+                up = self._project(*self._quantise(values[op.x], op.norm), op.weight)
+                values[op.out] = contract.glu(values[op.gated], up, op.activation)
+            case ops.SparseDown():
+                y = self._project(*self._quantise(values[op.x], None), op.weight) + (
+                    w.vector(op.bias) if op.bias else 0
+                )
+                values[op.out] = y if op.residual is None else values[op.residual] + y
             case ops.RopeAttention():
                 values[op.out] = self._attention(op, values, batch, exact=True)
             case ops.AddNorm():
-                values[op.out] = values[op.a] + contract.rms_norm(values[op.b], w.vector(op.norm.weight), op.norm.eps)
+                values[op.out] = values[op.a] + self._norm(contract, values[op.b], op.norm)
+
+    def _norm(self, arithmetic: Any, x: F32, norm: ops.NormWeights) -> F32:
+        """arithmetic: of `contract` or of `float32`."""
+        weight = self._weights.vector(norm.weight)
+        if norm.bias is None:
+            normed: F32 = arithmetic.rms_norm(x, weight, norm.eps)
+        else:
+            normed = arithmetic.layer_norm(x, weight, self._weights.vector(norm.bias), norm.eps)
+        return normed
+
+    def _ffn(self, x: F32, op: ops.Ffn) -> F32:
+        w = self._weights
+        up = x @ w.floats(op.up).T + (w.vector(op.up_bias) if op.up_bias else 0)
+        if op.gate is None:
+            hidden = float32.activate(up, op.activation)
+        else:
+            hidden = float32.glu(x @ w.floats(op.gate).T, up, op.activation)
+        out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
+        return out
 
     def _quantise(self, x: F32, norm: ops.NormWeights | None) -> tuple[F32, tuple[F32, F32]]:
         if norm is not None:
-            x = contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps)
+            x = self._norm(contract, x, norm)
         return x, contract.quantise(x)
 
     def _project(self, x: F32, quantised: tuple[F32, F32], weight: str) -> F32:
@@ -178,11 +216,9 @@ class CompiledReference:
         s = op.shape
         q, k, v = (values[x].reshape(len(batch.token_ids), -1, s.head_dim) for x in (op.q, op.k, op.v))
         if isinstance(op, ops.RopeAttention):
-            table = self._rope(op.rope, batch)
-            q, k = (
-                contract.rotate(contract.rms_norm(x, self._weights.vector(norm.weight), norm.eps) if norm else x, table)
-                for x, norm in ((q, op.q_norm), (k, op.k_norm))
-            )
+            q, k = (self._norm(contract, x, norm) if norm else x for x, norm in ((q, op.q_norm), (k, op.k_norm)))
+            if op.rope:
+                q, k = (contract.rotate(x, self._rope(op.rope, batch)) for x in (q, k))
             kv_type = self._program.states[op.state].kv_type
             k, v = contract.to_cache(k, kv_type), contract.to_cache(v, kv_type)
         out = np.empty_like(q)

@@ -6,9 +6,8 @@ Slow by design: every float32 operation stands here once, in the order that the 
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.program.ops import Activation
 from isotherm.quantization.layouts import Fields
-from isotherm.types import KvType
+from isotherm.types import Activation, KvType
 
 F32 = NDArray[np.float32]
 
@@ -80,6 +79,16 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return normed
 
 
+def layer_norm(x: F32, weight: F32, bias: F32, eps: float) -> F32:
+    """x [..., n], weight and bias [n]."""
+    n = np.float32(x.shape[-1])
+    acc = np.zeros((*x.shape[:-1], LANES), np.float32)
+    for vector in np.moveaxis(_padded(x, LANES).reshape(*x.shape[:-1], -1, LANES), -2, 0):
+        acc = acc + vector
+    centred = x - (sum_lanes(acc) / n)[..., None]
+    return rms_norm(centred, weight, eps) + bias
+
+
 def quantise(x: F32) -> tuple[F32, F32]:
     """x [tokens, K] -> codes as float32 [tokens, K padded to 64], scales [tokens, blocks]."""
     sound = np.isfinite(x).all(axis=1, keepdims=True)
@@ -120,7 +129,18 @@ def float_matmul(x: F32, weight: F32) -> F32:
     return y
 
 
+def glu(gate: F32, up: F32, activation: Activation) -> F32:
+    """The hidden values of a gated FFN; a neuron that does not fire is 0, whatever its up is."""
+    activated = activate(gate, activation)
+    if activation is Activation.DRELU:
+        up = np.maximum(up, np.float32(0.0))
+    return activated * (np.where(activated == 0, np.float32(0.0), up) if activation.has_zeros else up)
+
+
 def activate(x: F32, activation: Activation) -> F32:
+    if activation.has_zeros:
+        positive: F32 = np.maximum(x, np.float32(0.0))
+        return positive * positive if activation is Activation.RELU_SQUARED else positive
     one = np.float32(1.0)
     if activation is Activation.SILU:
         return x / (one + exp(-x))

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.program.ops import Activation
+from isotherm.types import Activation
 
 F32 = NDArray[np.float32]
 
@@ -14,7 +14,22 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return (x / np.sqrt(mean + np.float32(eps)) * weight).astype(np.float32)
 
 
+def layer_norm(x: F32, weight: F32, bias: F32, eps: float) -> F32:
+    """Over the last axis."""
+    centred = x - np.mean(x, axis=-1, keepdims=True, dtype=np.float32)
+    variance = np.mean(np.square(centred), axis=-1, keepdims=True, dtype=np.float32)
+    return (centred / np.sqrt(variance + np.float32(eps)) * weight + bias).astype(np.float32)
+
+
+def glu(gate: F32, up: F32, activation: Activation) -> F32:
+    """The hidden values of a gated FFN."""
+    return activate(gate, activation) * (np.maximum(up, 0) if activation is Activation.DRELU else up)
+
+
 def activate(x: F32, activation: Activation) -> F32:
+    if activation.has_zeros:
+        positive: F32 = np.maximum(x, 0)
+        return np.square(positive) if activation is Activation.RELU_SQUARED else positive
     slope = x if activation is Activation.SILU else 1.5957691216 * (x + 0.044715 * x**3)
     with np.errstate(over="ignore"):  # exp of a large -x is infinite, and 1 / inf is the 0 that is meant
         out: F32 = x / (1 + np.exp(-slope))

@@ -1,0 +1,247 @@
+// Collects a NativeProgram for Python. Checks what comes in; the runtime behind it asserts nothing.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <deque>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "../runtime/executor.h"
+
+namespace nb = nanobind;
+using namespace isotherm;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+WeightType weight_type(const std::string& name) {
+  // clang-format off: in the order of WeightType
+  static const char* const kNames[kNumWeightTypes] = {
+      "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
+      "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0",
+      "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+  };
+  // clang-format on
+  for (int i = 0; i < kNumWeightTypes; i++)
+    if (name == kNames[i]) return static_cast<WeightType>(i);
+  throw std::invalid_argument("weight type " + name);
+}
+
+Activation activation_named(const std::string& name) {
+  static const char* const kNames[] = {"", "silu", "gelu_tanh", "relu", "relu_squared", "drelu"};
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); i++)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  throw std::invalid_argument("activation " + name);
+}
+
+// A norm by index of its vector, or none.
+struct NormRef {
+  int vector = -1;
+  float eps = 0;
+  int bias = -1;
+};
+
+struct AttentionSpec {
+  int q, k, v, out;
+  NormRef q_norm, k_norm;
+  int rope_table;
+  int num_heads, num_kv_heads, head_dim;
+  float scale;
+  int window, state, slot;
+};
+
+// Collects a NativeProgram. Buffers, vectors, matrices, tables and pools are named by the index that adding them gives.
+class ProgramBuilder {
+ public:
+  ProgramBuilder(int max_tokens, int max_head_rows) {
+    require(max_tokens > 0 && max_head_rows > 0, "batch limits must be positive");
+    program_.max_tokens = max_tokens;
+    program_.max_head_rows = max_head_rows;
+  }
+
+  int buffer(int width) {
+    require(width > 0, "width");
+    program_.widths.push_back(width);
+    return static_cast<int>(program_.widths.size()) - 1;
+  }
+
+  int vector(const Floats& values) {
+    vectors_.emplace_back((values.size() + 63) / 64 * 64, 0.0f);
+    std::memcpy(vectors_.back().data(), values.data(), values.size() * sizeof(float));
+    return static_cast<int>(vectors_.size()) - 1;
+  }
+
+  int matrix(Bytes data, const std::vector<std::string>& types, int rows, int columns) {
+    require(types.size() == 1 || types.size() == 2, "one type, or two of a pair");
+    const bool is_pair = types.size() == 2;
+    Matrix m{data.data(), weight_type(types[0]), weight_type(types.back()), rows, columns, is_pair, 0};
+    require(rows > 0 && columns > 0 && data.size() % static_cast<size_t>(m.num_panels()) == 0, "matrix size");
+    m.panel_bytes = data.size() / static_cast<size_t>(m.num_panels());
+    matrices_.push_back(m);
+    arrays_.push_back(nb::cast(data));
+    return static_cast<int>(matrices_.size()) - 1;
+  }
+
+  int rope_table(FloatRows table) {
+    tables_.push_back({table.data(), static_cast<int>(table.shape(0)), static_cast<int>(table.shape(1))});
+    arrays_.push_back(nb::cast(table));
+    return static_cast<int>(tables_.size()) - 1;
+  }
+
+  int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim) {
+    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_layers, num_pages, num_kv_heads, head_dim};
+    pools_.push_back(
+        std::make_shared<Arena>(pool.page_bytes() * static_cast<size_t>(num_pages) * static_cast<size_t>(num_layers)));
+    pool.data = pools_.back()->as<uint8_t>();
+    program_.pools.push_back(pool);
+    return static_cast<int>(program_.pools.size()) - 1;
+  }
+
+  void embed(int matrix, float scale, int out) {
+    require(matrices_.at(matrix).type_a == matrices_.at(matrix).type_b && width(out) == matrices_[matrix].columns,
+            "embed");
+    program_.steps.push_back(EmbedStep{matrices_[matrix], scale, out});
+  }
+
+  void embed_positions(int x, int matrix, int first_row, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    require(m.type_a == m.type_b && width(x) == m.columns && width(out) == m.columns, "embed_positions: shapes");
+    require(first_row >= 0 && first_row < m.rows, "embed_positions: first_row");
+    program_.steps.push_back(EmbedPositionsStep{m, first_row, x, out});
+  }
+
+  void linear(int x, NormRef norm_ref, const std::vector<std::tuple<int, int, int>>& projections, int residual,
+              const std::string& activation) {
+    program_.steps.push_back(linear_step(x, norm_ref, projections, residual, activation));
+  }
+
+  void glu(int x, NormRef norm_ref, int matrix, const std::string& activation, int out) {
+    program_.steps.push_back(glu_step(x, norm_ref, matrix, activation, out));
+  }
+
+  // activation(gate) * up, of neurons that fire; rows: of the matrix, each in one piece.
+  void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out,
+          int most_active) {
+    const Matrix& m = matrices_.at(matrix);
+    require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
+    const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
+    require(row_bytes > 0 && rows.size() % static_cast<size_t>(m.rows) == 0, "up: rows");
+    program_.steps.push_back(UpStep{x,
+                                    norm(norm_ref, width(x)),
+                                    gate,
+                                    m,
+                                    {rows.data(), row_bytes, m.type_a},
+                                    activation_named(activation),
+                                    out,
+                                    most_active});
+    arrays_.push_back(nb::cast(rows));
+  }
+
+  // neurons: codes of each column, then scales, then minima; form: (is_nibble, is_half, has_minimum, zero_point).
+  void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons,
+            const std::tuple<bool, bool, bool, int>& form, int most_active) {
+    LinearStep linear = linear_step(x, {}, {projection}, residual, "");
+    const Matrix& m = linear.projections[0].weight;
+    const auto [is_nibble, is_half, has_minimum, zero_point] = form;
+    const int outputs = (m.rows + 127) / 128 * 128, blocks = (m.columns + kBlockColumns - 1) / kBlockColumns;
+    const size_t row_bytes = static_cast<size_t>(is_nibble ? outputs / 2 : outputs),
+                 block_bytes = static_cast<size_t>(outputs) * (is_half ? 2 : 4),
+                 code_bytes = row_bytes * static_cast<size_t>(m.columns),
+                 plane_bytes = block_bytes * static_cast<size_t>(blocks);
+    require(neurons.size() == code_bytes + plane_bytes * (has_minimum ? 2 : 1), "down: neurons");
+    const uint8_t* scales = neurons.data() + code_bytes;
+    const NeuronMatrix matrix{{is_nibble, is_half, has_minimum, zero_point},
+                              neurons.data(),
+                              scales,
+                              scales + plane_bytes,
+                              row_bytes,
+                              block_bytes,
+                              outputs};
+    program_.steps.push_back(DownStep{std::move(linear), matrix, most_active});
+    arrays_.push_back(nb::cast(neurons));
+  }
+
+  void attention(const AttentionSpec& s) {
+    const KvPool& pool = program_.pools.at(s.state);
+    const auto [rope_table, num_positions, rope_dims] =
+        s.rope_table < 0 ? RopeTable{nullptr, INT32_MAX, 0} : tables_.at(s.rope_table);
+    require(s.head_dim % 16 == 0 && rope_dims % 2 == 0 && rope_dims <= s.head_dim, "attention: head_dim");
+    require(s.num_kv_heads > 0 && s.num_heads % s.num_kv_heads == 0, "attention: heads");
+    require(pool.num_kv_heads == s.num_kv_heads && pool.head_dim == s.head_dim, "attention: pool");
+    require(width(s.q) == s.num_heads * s.head_dim && width(s.out) == width(s.q), "attention: q");
+    require(width(s.k) == s.num_kv_heads * s.head_dim && width(s.v) == width(s.k), "attention: k and v");
+    program_.steps.push_back(AttentionStep{s.q, s.k, s.v, s.out, norm(s.q_norm, s.head_dim), norm(s.k_norm, s.head_dim),
+                                           rope_table, num_positions, rope_dims, s.num_heads, s.num_kv_heads,
+                                           s.head_dim, s.scale, s.window, s.state, s.slot});
+  }
+
+  void add_norm(int a, int b, NormRef norm_ref, int out) {
+    require(width(a) == width(b) && width(a) == width(out), "add_norm");
+    program_.steps.push_back(AddNormStep{a, b, out, norm(norm_ref, width(b))});
+  }
+
+  void select(int x, int out) {
+    require(width(x) == width(out), "select");
+    program_.steps.push_back(SelectStep{x, out});
+  }
+
+ private:
+  friend class BoundExecutor;
+
+  LinearStep linear_step(int x, NormRef norm_ref, const std::vector<std::tuple<int, int, int>>& projections,
+                         int residual, const std::string& activation) const {
+    LinearStep step{x, norm(norm_ref, width(x)), {}, residual, activation_named(activation)};
+    require(residual < 0 || step.activation == Activation::kNone, "linear: an activation and a residual");
+    for (const auto& [matrix, bias, out] : projections) {
+      const Matrix& m = matrices_.at(matrix);
+      require(!m.is_pair && m.columns == width(x) && m.rows == width(out), "linear: shapes");
+      require(residual < 0 || width(residual) == m.rows, "linear: residual");
+      require(bias < 0 || vectors_.at(bias).size() >= static_cast<size_t>(m.rows), "linear: bias");
+      step.projections.push_back({m, bias < 0 ? nullptr : vectors_[bias].data(), out});
+    }
+    return step;
+  }
+
+  GluStep glu_step(int x, NormRef norm_ref, int matrix, const std::string& activation, int out) const {
+    const Matrix& m = matrices_.at(matrix);
+    require(m.is_pair && m.columns == width(x) && m.rows == width(out), "glu: shapes");
+    return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
+  }
+
+  int width(int buffer) const { return program_.widths.at(buffer); }
+
+  Norm norm(NormRef ref, int width) const {
+    if (ref.vector < 0) return {nullptr, 0, nullptr};
+    require(vectors_.at(ref.vector).size() >= static_cast<size_t>(width), "norm width");
+    require(ref.bias < 0 || vectors_.at(ref.bias).size() >= static_cast<size_t>(width), "norm bias");
+    return {vectors_[ref.vector].data(), ref.eps, ref.bias < 0 ? nullptr : vectors_[ref.bias].data()};
+  }
+
+  NativeProgram program_;
+  std::deque<std::vector<float>> vectors_;
+  std::vector<Matrix> matrices_;
+  struct RopeTable {
+    const float* data;
+    int num_positions, dims;
+  };
+  std::vector<RopeTable> tables_;
+  std::vector<std::shared_ptr<Arena>> pools_;
+  std::vector<nb::object> arrays_;  // what the raw pointers point into
+};
+
+}  // namespace

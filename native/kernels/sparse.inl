@@ -1,0 +1,157 @@
+// Only the neurons that fire: their rows of up, gathered into tiles, and their columns of down, added up block by
+// block. Both give the bits of the dense kernels. quantization/neurons.py has the layouts.
+namespace {
+
+using namespace isotherm;
+
+// --- rows of up -----------------------------------------------------------------------------------------------------
+
+// What a row has per unit of columns, in this order, of one lane of a P32 tile.
+struct RowUnit {
+  int columns, first_words, halves, bytes, words;
+
+  constexpr int row_bytes() const { return 4 * (first_words + words) + 2 * halves + bytes; }
+};
+
+constexpr RowUnit factored_unit(int bits, int factors) { return {256, 1, 0, factors, 8 * bits}; }
+
+// clang-format off: in the order of WeightType
+constexpr RowUnit kRowUnits[kNumWeightTypes] = {
+    {1, 1, 0, 0, 0}, {1, 0, 1, 0, 0}, {1, 0, 1, 0, 0},                                       // F32, F16, BF16
+    {64, 0, 2, 0, 8}, {32, 0, 2, 0, 4}, {64, 0, 2, 0, 10}, {32, 0, 2, 0, 5}, {64, 0, 2, 0, 16},  // Q4_0 to Q8_0
+    {256, 0, 2, 12, 32}, {256, 0, 2, 12, 40}, factored_unit(6, 16),                          // Q4_K, Q5_K, Q6_K
+    {64, 0, 2, 0, 8}, factored_unit(4, 8), {128, 0, 0, 4, 16}, {64, 0, 0, 4, 8},             // IQ4, MXFP4, NVFP4
+    {256, 0, 2, 16, 16}, factored_unit(3, 16), factored_unit(2, 0), factored_unit(2, 0),     // Q2_K, Q3_K, TQ
+    factored_unit(4, 8), factored_unit(4, 16), factored_unit(4, 8), factored_unit(4, 16),    // IQ1, IQ2_XXS, IQ2_XS
+    factored_unit(4, 16), factored_unit(4, 8), factored_unit(4, 8),                          // IQ2_S, IQ3
+};
+// clang-format on
+constexpr int kMaxTileChunkBytes = kChunkColumns * kTileRows * 4;
+
+template <int kBytes>
+VEC uint8_t* gather_elements(const uint8_t* const* rows, size_t offset, int count, uint8_t* out) {
+  for (int i = 0; i < count; i++, out += kTileRows * kBytes)
+    for (int lane = 0; lane < kTileRows; lane++)
+      __builtin_memcpy(out + lane * kBytes, rows[lane] + offset + static_cast<size_t>(i * kBytes), kBytes);
+  return out;
+}
+
+// One tile over a chunk of columns that begins at `offset` of each of its 16 rows.
+void gather_tile(const uint8_t* const* rows, size_t offset, const RowUnit& unit, int num_units, uint8_t* tile) {
+  for (int i = 0; i < num_units; i++) {
+    tile = gather_elements<4>(rows, offset, unit.first_words, tile);
+    offset += 4 * static_cast<size_t>(unit.first_words);
+    tile = gather_elements<2>(rows, offset, unit.halves, tile);
+    offset += 2 * static_cast<size_t>(unit.halves);
+    tile = gather_elements<1>(rows, offset, unit.bytes, tile);
+    offset += static_cast<size_t>(unit.bytes);
+    tile = gather_elements<4>(rows, offset, unit.words, tile);
+    offset += 4 * static_cast<size_t>(unit.words);
+  }
+}
+
+void multiply_rows(const RowsArgs& args) {
+  const TypeKernels& k = kTypes[static_cast<int>(args.type)];
+  const RowUnit& unit = kRowUnits[static_cast<int>(args.type)];
+  const QuantRows& x = *args.x;
+  alignas(64) uint8_t gathered[2][kMaxTileChunkBytes];
+  const uint8_t* tiles[2] = {gathered[0], gathered[1]};
+  const int num_tiles = args.count > kTileRows ? 2 : 1;
+  const uint8_t* rows[2][kTileRows];
+  for (int i = 0; i < num_tiles * kTileRows; i++)  // short of rows, the last one stands in
+    rows[i / kTileRows][i % kTileRows] =
+        args.rows + static_cast<size_t>(args.ids[i < args.count ? i : args.count - 1]) * args.row_bytes;
+  __builtin_memset(args.totals, 0, sizeof(float) * kPanelRows * static_cast<size_t>(args.num_rows));
+  const bool is_pair = num_tiles == 2 && (!k.unpack || args.num_rows <= kFewTokens);
+  const int max_tokens = is_pair ? kFewTokens : kLoneTokens;
+  const ChunkFn* functions = is_pair ? k.few : k.lone;
+  size_t offset = 0;
+  for (int column = 0; column < x.columns; column += kChunkColumns) {
+    const int columns = chunk_columns(x.columns, column), num_units = (columns + unit.columns - 1) / unit.columns;
+    for (int n = 0; n < num_tiles; n++) gather_tile(rows[n], offset, unit, num_units, gathered[n]);
+    const size_t bytes = static_cast<size_t>(num_units * unit.row_bytes());
+    for (int i = 0; i < args.num_next; i++) {
+      const uint8_t* next = args.rows + static_cast<size_t>(args.next[i]) * args.row_bytes + offset;
+      for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    }
+    offset += bytes;
+    for (int n = 0; n < num_tiles; n += is_pair ? 2 : 1)
+      for (int row = 0; row < args.num_rows; row += max_tokens) {
+        const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
+        float* out = args.totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
+        functions[tokens - 1](tiles + n, columns, k.variant, x, row, column, out);
+      }
+  }
+}
+
+// --- columns of down ------------------------------------------------------------------------------------------------
+
+// How a neuron's codes lie: 64 outputs in 64 bytes, or 128 in the low and high halves of 64 bytes; within 64 outputs
+// byte 16 l + 4 j + i is that of output 16 j + 4 l + i, so that `interleave` gives outputs in order.
+template <bool kIsNibble>
+constexpr int kOutputsPerLine = kIsNibble ? 128 : 64;
+
+// The codes of a block's neurons for 16 * kVectors outputs from `line` on.
+template <bool kIsNibble, int kVectors>
+VEC void dot_quads(const NeuronsArgs& args, size_t line, I (&acc)[kVectors]) {
+  for (int q = 0; q < args.num_quads; q++) {
+    U row[4];
+    for (int i = 0; i < 4; i++)
+      row[i] = load_codes(args.codes + static_cast<size_t>(args.ids[4 * q + i]) * args.row_bytes + 64 * line);
+    const I quad = load_quad(args.activations + 4 * q);
+    U codes[4];
+    if constexpr (kIsNibble) {
+      interleave(bits<0, 15>(row[0]), bits<0, 15>(row[1]), bits<0, 15>(row[2]), bits<0, 15>(row[3]), codes);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc[j] = dot<false>(acc[j], codes[j], quad);
+      interleave(bits<4, 15>(row[0]), bits<4, 15>(row[1]), bits<4, 15>(row[2]), bits<4, 15>(row[3]), codes);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc[4 + j] = dot<false>(acc[4 + j], codes[j], quad);
+    } else {
+      interleave(row[0], row[1], row[2], row[3], codes);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc[j] = dot<true>(acc[j], codes[j], quad);
+    }
+  }
+}
+
+// y += one block of neurons, over the outputs from first_output to end_output.
+template <bool kIsNibble, bool kIsHalf, bool kHasMinimum>
+void add_neurons(const NeuronsArgs& args) {
+  constexpr int kOutputs = kOutputsPerLine<kIsNibble>, kVectors = kOutputs / 16, kScaleBytes = kIsHalf ? 2 : 4;
+  const auto read = [](const uint8_t* p) {
+    if constexpr (kIsHalf)
+      return load_f16(p);
+    else
+      return load(reinterpret_cast<const float*>(p));
+  };
+  const F activation_scale = splat(args.scale), sum = splat(args.sum);
+  for (int output = args.first_output; output < args.end_output; output += kOutputs) {
+    const size_t line = static_cast<size_t>(output / kOutputs);
+    for (int i = 0; i < args.num_next; i++)
+      __builtin_prefetch(args.codes + static_cast<size_t>(args.next[i]) * args.row_bytes + 64 * line, 0, 2);
+    I acc[kVectors];
+    for (int j = 0; j < kVectors; j++) acc[j] = isplat(args.start);
+    dot_quads<kIsNibble>(args, line, acc);
+    for (int j = 0; j < kVectors; j++) {
+      const size_t at = static_cast<size_t>(output + 16 * j);
+      const F scale = read(args.scales + at * kScaleBytes);
+      F block = fma(as_float(acc[j]), scale, scale * splat(-kMagicFloat));
+      if constexpr (kHasMinimum) block = fma(sum, read(args.minima + at * kScaleBytes), block);
+      store(args.y + at, fma(block, activation_scale, load(args.y + at)));
+    }
+  }
+}
+
+constexpr void (*kAddNeurons[2][2][2])(const NeuronsArgs&) = {
+    {{&add_neurons<false, false, false>, &add_neurons<false, false, true>},
+     {&add_neurons<false, true, false>, &add_neurons<false, true, true>}},
+    {{&add_neurons<true, false, false>, &add_neurons<true, false, true>},
+     {&add_neurons<true, true, false>, &add_neurons<true, true, true>}},
+};
+
+void add_neurons(const NeuronsArgs& args) {
+  kAddNeurons[args.form.is_nibble][args.form.is_half][args.form.has_minimum](args);
+}
+
+}  // namespace
