@@ -206,6 +206,48 @@ void run_multiply(const KernelTable& table, Random& random, Outputs& out) {
   }
 }
 
+// --- neurons that fire ---
+
+void run_rows(const KernelTable& table, Random& random, Outputs& out) {
+  constexpr int kNumRows = 40;
+  for (int type = 0; type < kNumWeightTypes; type++)
+    for (const int count : {1, 16, 17, 32}) {
+      const int columns = 256 * (1 + random.below(3));
+      const size_t row_bytes = sizeof(float) * static_cast<size_t>(columns);  // at least as many as any type has
+      const std::vector<uint8_t> data = panel_bytes(random, 2 * columns, true);
+      std::vector<int32_t> ids;
+      for (int i = 0; i < count; i++) ids.push_back(random.below(kNumRows));
+      Rows rows(table, 1, columns);
+      table.quantise(activations(random, columns).data(), rows.view, 0);
+      std::vector<float> totals(kPanelRows);
+      table.multiply_rows({data.data(), row_bytes, static_cast<WeightType>(type), ids.data(), count, ids.data(), 1,
+                           &rows.view, 1, totals.data()});
+      totals.resize(static_cast<size_t>(count));
+      out.add(text("multiply_rows, type", type, "rows", count, "columns", columns), totals);
+    }
+}
+
+void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
+  constexpr int kOutputs = 384, kNeurons = 64;
+  for (int i = 0; i < 64; i++) {
+    const NeuronForm form{(i & 1) != 0, (i & 2) != 0, (i & 4) != 0, 1 << random.below(8)};
+    const size_t row_bytes = form.is_nibble ? kOutputs / 2 : kOutputs;
+    const std::vector<uint8_t> codes = panel_bytes(random, kChunkColumns, false),
+                               planes = panel_bytes(random, kChunkColumns, true);
+    std::vector<int32_t> ids;
+    std::vector<int8_t> activations;
+    for (int n = 0; n < 4 * (1 + random.below(8)); n++) {
+      ids.push_back(random.below(kNeurons));
+      activations.push_back(static_cast<int8_t>(random.below(255) - 127));
+    }
+    std::vector<float> y = random.numbers(kOutputs);
+    table.add_neurons({form, codes.data(), row_bytes, ids.data(), activations.data(), static_cast<int>(ids.size() / 4),
+                       ids.data(), 4, planes.data(), planes.data() + 2048, 0x4B400000 - random.below(1000),
+                       random.number(), random.number(), 128, kOutputs, y.data()});
+    out.add(text("add_neurons", form.is_nibble, form.is_half, form.has_minimum), y);
+  }
+}
+
 void run_embed(const KernelTable& table, Random& random, Outputs& out) {
   for (int type = 0; type < kNumWeightTypes; type++)
     for (const int columns : {64, 320}) {
@@ -307,6 +349,8 @@ Outputs run(const KernelTable& table) {
   Outputs out;
   run_quantise(table, random, out);
   run_multiply(table, random, out);
+  run_rows(table, random, out);
+  run_neurons(table, random, out);
   run_embed(table, random, out);
   run_elementwise(table, random, out);
   for (const KvType type : {KvType::F16, KvType::Q8_0}) {
