@@ -58,32 +58,6 @@ class BoundExecutor {
     return finish([&](const auto& poll) { return executor_.observe(batch, checked, copy, poll); });
   }
 
- private:
-  BatchView view(const Ints& token_ids, const Sequences& sequences, const Ints& logit_rows) {
-    const int num_tokens = static_cast<int>(token_ids.size());
-    require(num_tokens > 0 && num_tokens <= limits_.max_tokens, "tokens of a batch");
-    require_range(token_ids, 0, limits_.num_embeddings, "token ids");
-    require_range(logit_rows, 0, num_tokens, "logit rows");
-    BatchView batch{token_ids.data(), num_tokens, {}, nullptr, static_cast<int>(logit_rows.size())};
-    int start = 0;
-    for (const auto& [num_new, num_cached, tables] : sequences) {
-      require(num_new > 0 && num_cached >= 0 && num_cached <= limits_.num_positions - num_new, "length of a sequence");
-      require(tables.size() == limits_.pools.size(), "a page table per state group");
-      SequenceView view{start, num_new, num_cached, {}};
-      for (size_t i = 0; i < tables.size(); i++) {
-        check_pages(tables[i], limits_.pools[i], num_cached, num_cached + num_new);
-        view.page_tables.push_back(tables[i].data());
-      }
-      start += num_new;
-      batch.sequences.push_back(std::move(view));
-    }
-    require(start == num_tokens, "sequences cover the batch");
-    logit_rows_.assign(logit_rows.data(), logit_rows.data() + logit_rows.size());
-    batch.logit_rows = logit_rows_.data();
-    return batch;
-  }
-
- public:
   bool head(int first, LogitRows logits) {
     const int count = static_cast<int>(logits.shape(0));
     require(count > 0 && count <= limits_.max_head_rows && first >= 0 &&
@@ -167,6 +141,30 @@ class BoundExecutor {
     int num_embeddings = 0, num_positions = INT32_MAX;
     std::vector<Pool> pools;
   };
+
+  BatchView view(const Ints& token_ids, const Sequences& sequences, const Ints& logit_rows) {
+    const int num_tokens = static_cast<int>(token_ids.size());
+    require(num_tokens > 0 && num_tokens <= limits_.max_tokens, "tokens of a batch");
+    require_range(token_ids, 0, limits_.num_embeddings, "token ids");
+    require_range(logit_rows, 0, num_tokens, "logit rows");
+    BatchView batch{token_ids.data(), num_tokens, {}, nullptr, static_cast<int>(logit_rows.size())};
+    int start = 0;
+    for (const auto& [num_new, num_cached, tables] : sequences) {
+      require(num_new > 0 && num_cached >= 0 && num_cached <= limits_.num_positions - num_new, "length of a sequence");
+      require(tables.size() == limits_.pools.size(), "a page table per state group");
+      SequenceView view{start, num_new, num_cached, {}};
+      for (size_t i = 0; i < tables.size(); i++) {
+        check_pages(tables[i], limits_.pools[i], num_cached, num_cached + num_new);
+        view.page_tables.push_back(tables[i].data());
+      }
+      start += num_new;
+      batch.sequences.push_back(std::move(view));
+    }
+    require(start == num_tokens, "sequences cover the batch");
+    logit_rows_.assign(logit_rows.data(), logit_rows.data() + logit_rows.size());
+    batch.logit_rows = logit_rows_.data();
+    return batch;
+  }
 
   static void require_range(const Ints& values, int low, int high, const char* what) {
     for (size_t i = 0; i < values.size(); i++) require(values.data()[i] >= low && values.data()[i] < high, what);

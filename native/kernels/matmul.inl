@@ -146,22 +146,28 @@ VEC int tile_offset(const PanelArgs& args, int n, int columns) {
   return n ? kTypes[static_cast<int>(args.type_a)].chunk_bytes(columns) : 0;
 }
 
-// Few rows: codes straight from the panel, two tiles at a time, which share each broadcast; more rows than registers
+// A chunk of packed tiles times few rows: two tiles at a time, which share each broadcast; more rows than registers
 // hold of that take one.
-void multiply_packed(const TypeKernels& k, const PanelArgs& args, Tiles which) {
-  const bool is_pair = which.count == 2 && (!k.unpack || args.num_rows <= kFewTokens);
+VEC void multiply_few(const TypeKernels& k, const uint8_t* const* tiles, Tiles which, int columns, const QuantRows& x,
+                      int num_rows, int column, float* totals) {
+  const bool is_pair = which.count == 2 && (!k.unpack || num_rows <= kFewTokens);
   const int max_tokens = is_pair ? kFewTokens : kLoneTokens;
   const ChunkFn* functions = is_pair ? k.few : k.lone;
+  for (int n = which.first; n < which.first + which.count; n += is_pair ? 2 : 1)
+    for (int row = 0; row < num_rows; row += max_tokens) {
+      const int tokens = num_rows - row < max_tokens ? num_rows - row : max_tokens;
+      float* out = totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
+      functions[tokens - 1](tiles + n, columns, k.variant, x, row, column, out);
+    }
+}
+
+// Few rows: codes straight from the panel.
+void multiply_packed(const TypeKernels& k, const PanelArgs& args, Tiles which) {
   const uint8_t* chunk = args.panel;
   for (int column = 0; column < args.x->columns; column += kChunkColumns) {
     const int columns = chunk_columns(args.x->columns, column);
     const uint8_t* tiles[2] = {chunk, chunk + tile_offset(args, 1, columns)};
-    for (int n = which.first; n < which.first + which.count; n += is_pair ? 2 : 1)
-      for (int row = 0; row < args.num_rows; row += max_tokens) {
-        const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
-        float* out = args.totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
-        functions[tokens - 1](tiles + n, columns, k.variant, *args.x, row, column, out);
-      }
+    multiply_few(k, tiles, which, columns, *args.x, args.num_rows, column, args.totals);
     chunk += chunk_bytes(args, columns);
   }
 }

@@ -62,9 +62,6 @@ void multiply_rows(const RowsArgs& args) {
     rows[i / kTileRows][i % kTileRows] =
         args.rows + static_cast<size_t>(args.ids[i < args.count ? i : args.count - 1]) * args.row_bytes;
   __builtin_memset(args.totals, 0, sizeof(float) * kPanelRows * static_cast<size_t>(args.num_rows));
-  const bool is_pair = num_tiles == 2 && (!k.unpack || args.num_rows <= kFewTokens);
-  const int max_tokens = is_pair ? kFewTokens : kLoneTokens;
-  const ChunkFn* functions = is_pair ? k.few : k.lone;
   size_t offset = 0;
   for (int column = 0; column < x.columns; column += kChunkColumns) {
     const int columns = chunk_columns(x.columns, column), num_units = (columns + unit.columns - 1) / unit.columns;
@@ -75,12 +72,7 @@ void multiply_rows(const RowsArgs& args) {
       for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
     }
     offset += bytes;
-    for (int n = 0; n < num_tiles; n += is_pair ? 2 : 1)
-      for (int row = 0; row < args.num_rows; row += max_tokens) {
-        const int tokens = args.num_rows - row < max_tokens ? args.num_rows - row : max_tokens;
-        float* out = args.totals + static_cast<size_t>(row) * kPanelRows + n * kTileRows;
-        functions[tokens - 1](tiles + n, columns, k.variant, x, row, column, out);
-      }
+    multiply_few(k, tiles, {0, num_tiles}, columns, x, args.num_rows, column, args.totals);
   }
 }
 
@@ -126,12 +118,13 @@ void add_neurons(const NeuronsArgs& args) {
       return load(reinterpret_cast<const float*>(p));
   };
   const F activation_scale = splat(args.scale), sum = splat(args.sum);
+  const I start = isplat(kMagic - args.form.zero_point * static_cast<int32_t>(args.sum));
   for (int output = args.first_output; output < args.end_output; output += kOutputs) {
     const size_t line = static_cast<size_t>(output / kOutputs);
     for (int i = 0; i < args.num_next; i++)
       __builtin_prefetch(args.codes + static_cast<size_t>(args.next[i]) * args.row_bytes + 64 * line, 0, 2);
     I acc[kVectors];
-    for (int j = 0; j < kVectors; j++) acc[j] = isplat(args.start);
+    for (int j = 0; j < kVectors; j++) acc[j] = start;
     dot_quads<kIsNibble>(args, line, acc);
     for (int j = 0; j < kVectors; j++) {
       const size_t at = static_cast<size_t>(output + 16 * j);

@@ -99,7 +99,6 @@ struct NeuronsArgs {
   const int32_t* next;  // columns that are read soon
   int num_next;
   const uint8_t *scales, *minima;  // of the block, by output
-  int32_t start;                   // kMagic - zero_point * sum
   float sum, scale;                // of the block's activation codes
   int first_output, end_output;    // multiples of 128
   float* y;                        // [outputs]

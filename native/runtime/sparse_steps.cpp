@@ -7,8 +7,7 @@
 namespace isotherm {
 namespace {
 
-constexpr int kOutputUnit = 128;        // of down that a thread takes
-constexpr int32_t kMagic = 0x4B400000;  // where integer sums start: see elementwise.inl
+constexpr int kOutputUnit = 128;  // of down that a thread takes
 constexpr int kQuadBytes = 4;
 
 }  // namespace
@@ -144,10 +143,9 @@ void Executor::down_of(const DownStep& step, const QuantRows& x, int row, int nu
     int8_t* next_codes = codes == worker.activations ? worker.activations + kBlockColumns : worker.activations;
     block = next_live(block + 1, next_ids, next_codes);
     const size_t at = static_cast<size_t>(this_block * num_rows + row), plane = static_cast<size_t>(this_block);
-    const auto zeros = static_cast<int32_t>(x.sums[at]) * n.form.zero_point;
     kernels_.add_neurons({n.form, n.codes, n.row_bytes, ids, codes, num_quads, next_ids, count,
-                          n.scales + plane * n.block_bytes, n.minima + plane * n.block_bytes, kMagic - zeros,
-                          x.sums[at], x.scales[at], begin, end, worker.sums});
+                          n.scales + plane * n.block_bytes, n.minima + plane * n.block_bytes, x.sums[at], x.scales[at],
+                          begin, end, worker.sums});
     ids = next_ids;
     codes = next_codes;
   }

@@ -242,8 +242,8 @@ void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
     }
     std::vector<float> y = random.numbers(kOutputs);
     table.add_neurons({form, codes.data(), row_bytes, ids.data(), activations.data(), static_cast<int>(ids.size() / 4),
-                       ids.data(), 4, planes.data(), planes.data() + 2048, 0x4B400000 - random.below(1000),
-                       random.number(), random.number(), 128, kOutputs, y.data()});
+                       ids.data(), 4, planes.data(), planes.data() + 2048,
+                       static_cast<float>(random.below(8000) - 4000), random.number(), 128, kOutputs, y.data()});
     out.add(text("add_neurons", form.is_nibble, form.is_half, form.has_minimum), y);
   }
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.backends.reference import float32
+from isotherm.backends.reference import contract, float32
 from isotherm.errors import OptionError
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
@@ -21,7 +21,6 @@ from isotherm.types import Activation
 F32 = NDArray[np.float32]
 
 _MAX_SAMPLES = 2048  # tokens whose firing is kept neuron by neuron
-_BLOCK_COLUMNS = 32  # of hidden values that share an activation scale
 _READ_ROWS = 256  # of down at once
 
 
@@ -91,25 +90,20 @@ class Profiler:
     def add(self, stats: NeuronStats, window: Sequence[int]) -> NeuronStats:
         """`stats` and one window more; those passed in are spent."""
         hidden = {layer.hidden: index for index, layer in enumerate(self._layers)}
-        samples: list[list[F32]] = [[] for _ in self._layers]
+        before, stride = stats.profiled.num_tokens, stats.profiled.sample_stride
+        num_seen = [0] * len(self._layers)  # tokens of this window
 
         def look(value: Value, rows: F32) -> None:
             if value in hidden:
                 index = hidden[value]
-                _count(stats.layers[index], rows)
-                samples[index].append(rows)
+                layer, first = stats.layers[index], -(before + num_seen[index]) % stride
+                _count(layer, rows, rows[first::stride], has_zeros=stats.profiled.activation.has_zeros)
+                num_seen[index] += len(rows)
             for watched in self._watched.get(value, ()):
                 stats.layers[watched.layer].inputs[watched.place] += histogram(self._normed(rows, watched.norm))
 
         self._model.observe(window, {*hidden, *self._watched}, look)
-        profiled = replace(stats.profiled, num_windows=stats.profiled.num_windows + 1)
-        first = -stats.profiled.num_tokens % profiled.sample_stride
-        for layer, parts in zip(stats.layers, samples, strict=True):
-            rows = np.concatenate(parts)
-            chosen = rows[first :: profiled.sample_stride]
-            fires = chosen != 0 if profiled.activation.has_zeros else _has_code(chosen)
-            layer.fired = np.concatenate([layer.fired, np.packbits(fires, axis=1)])
-        return NeuronStats(profiled, stats.layers)
+        return replace(stats, profiled=replace(stats.profiled, num_windows=stats.profiled.num_windows + 1))
 
     def _inputs(self) -> dict[Value, list[_Watched]]:
         """Which Values the matmuls of each layer read, and through which norm."""
@@ -166,19 +160,17 @@ def profile(
     return stats
 
 
-def _count(layer: LayerStats, hidden: F32) -> None:
+def _count(layer: LayerStats, hidden: F32, sampled: F32, *, has_zeros: bool) -> None:
+    """sampled: rows of `hidden` whose firing is kept."""
     layer.num_fired += np.count_nonzero(hidden, axis=0)
     layer.num_coded += np.count_nonzero(_has_code(hidden), axis=0)
     layer.magnitude += np.abs(hidden).sum(axis=0, dtype=np.float64)
+    fires = sampled != 0 if has_zeros else _has_code(sampled)
+    layer.fired = np.concatenate([layer.fired, np.packbits(fires, axis=1)])
 
 
 def _has_code(hidden: F32) -> NDArray[np.bool_]:
-    """Whether the int8 code of each hidden value is not zero (ARCHITECTURE.md, the contract, 2)."""
-    rows, width = hidden.shape
-    padded = np.zeros((rows, -(-width // _BLOCK_COLUMNS) * _BLOCK_COLUMNS), np.float32)
-    np.abs(hidden, out=padded[:, :width])
-    blocks = padded.reshape(rows, -1, _BLOCK_COLUMNS)
-    largest = blocks.max(axis=2, keepdims=True)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest >= np.float32(2.0**-100))
-    has_code: NDArray[np.bool_] = blocks * inverse > np.float32(0.5)  # halves round to even, which is zero
-    return has_code.reshape(rows, -1)[:, :width]
+    """Whether the int8 code of each hidden value is not zero."""
+    codes, _ = contract.quantise(hidden)
+    has_code: NDArray[np.bool_] = codes[:, : hidden.shape[1]] != 0
+    return has_code
