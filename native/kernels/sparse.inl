@@ -83,10 +83,10 @@ void multiply_rows(const RowsArgs& args) {
 template <bool kIsNibble>
 constexpr int kOutputsPerLine = kIsNibble ? 128 : 64;
 
-// The codes of a block's neurons for 16 * kVectors outputs from `line` on.
+// The codes of some of a block's neurons for 16 * kVectors outputs from `line` on.
 template <bool kIsNibble, int kVectors>
-VEC void dot_quads(const NeuronsArgs& args, size_t line, I (&acc)[kVectors]) {
-  for (int q = 0; q < args.num_quads; q++) {
+VEC void dot_quads(const NeuronsArgs& args, int first, int end, size_t line, I (&acc)[kVectors]) {
+  for (int q = first; q < end; q++) {
     U row[4];
     for (int i = 0; i < 4; i++)
       row[i] = load_codes(args.codes + static_cast<size_t>(args.ids[4 * q + i]) * args.row_bytes + 64 * line);
@@ -108,7 +108,7 @@ VEC void dot_quads(const NeuronsArgs& args, size_t line, I (&acc)[kVectors]) {
 }
 
 // y += one block of neurons, over the outputs from first_output to end_output.
-template <bool kIsNibble, bool kIsHalf, bool kHasMinimum>
+template <bool kIsNibble, bool kIsHalf, bool kHasMinimum, bool kIsHalved>
 void add_neurons(const NeuronsArgs& args) {
   constexpr int kOutputs = kOutputsPerLine<kIsNibble>, kVectors = kOutputs / 16, kScaleBytes = kIsHalf ? 2 : 4;
   const auto read = [](const uint8_t* p) {
@@ -117,34 +117,46 @@ void add_neurons(const NeuronsArgs& args) {
     else
       return load(reinterpret_cast<const float*>(p));
   };
-  const F activation_scale = splat(args.scale), sum = splat(args.sum);
-  const I start = isplat(kMagic - args.form.zero_point * static_cast<int32_t>(args.sum));
+  const F activation_scale = splat(args.scale);
   for (int output = args.first_output; output < args.end_output; output += kOutputs) {
     const size_t line = static_cast<size_t>(output / kOutputs);
     for (int i = 0; i < args.num_next; i++)
       __builtin_prefetch(args.codes + static_cast<size_t>(args.next[i]) * args.row_bytes + 64 * line, 0, 2);
-    I acc[kVectors];
-    for (int j = 0; j < kVectors; j++) acc[j] = start;
-    dot_quads<kIsNibble>(args, line, acc);
+    F block[kVectors];
+    for (int half = 0; half < (kIsHalved ? 2 : 1); half++) {
+      const size_t plane = static_cast<size_t>(half) * args.plane_bytes;
+      const F sum = splat(args.sums[half]);
+      I acc[kVectors];
+      for (int j = 0; j < kVectors; j++)
+        acc[j] = isplat(kMagic - args.form.zero_point * static_cast<int32_t>(args.sums[half]));
+      dot_quads<kIsNibble>(args, half ? args.ends[0] : 0, args.ends[half], line, acc);
+      for (int j = 0; j < kVectors; j++) {
+        const size_t at = plane + static_cast<size_t>(output + 16 * j) * kScaleBytes;
+        const F scale = read(args.scales + at);
+        block[j] = half ? fma(as_float(acc[j]) - splat(kMagicFloat), scale, block[j])
+                        : fma(as_float(acc[j]), scale, scale * splat(-kMagicFloat));
+        if constexpr (kHasMinimum) block[j] = fma(sum, read(args.minima + at), block[j]);
+      }
+    }
     for (int j = 0; j < kVectors; j++) {
-      const size_t at = static_cast<size_t>(output + 16 * j);
-      const F scale = read(args.scales + at * kScaleBytes);
-      F block = fma(as_float(acc[j]), scale, scale * splat(-kMagicFloat));
-      if constexpr (kHasMinimum) block = fma(sum, read(args.minima + at * kScaleBytes), block);
-      store(args.y + at, fma(block, activation_scale, load(args.y + at)));
+      float* y = args.y + output + 16 * j;
+      store(y, fma(block[j], activation_scale, load(y)));
     }
   }
 }
 
-constexpr void (*kAddNeurons[2][2][2])(const NeuronsArgs&) = {
-    {{&add_neurons<false, false, false>, &add_neurons<false, false, true>},
-     {&add_neurons<false, true, false>, &add_neurons<false, true, true>}},
-    {{&add_neurons<true, false, false>, &add_neurons<true, false, true>},
-     {&add_neurons<true, true, false>, &add_neurons<true, true, true>}},
+template <bool kIsHalf, bool kIsHalved>
+constexpr void (*kAddNeurons[2][2])(const NeuronsArgs&) = {
+    {&add_neurons<false, kIsHalf, false, kIsHalved>, &add_neurons<false, kIsHalf, true, kIsHalved>},
+    {&add_neurons<true, kIsHalf, false, kIsHalved>, &add_neurons<true, kIsHalf, true, kIsHalved>},
 };
 
 void add_neurons(const NeuronsArgs& args) {
-  kAddNeurons[args.form.is_nibble][args.form.is_half][args.form.has_minimum](args);
+  const NeuronForm& form = args.form;
+  const auto& functions = form.is_halved ? kAddNeurons<false, true>
+                          : form.is_half ? kAddNeurons<true, false>
+                                         : kAddNeurons<false, false>;
+  functions[form.is_nibble][form.has_minimum](args);
 }
 
 }  // namespace

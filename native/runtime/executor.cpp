@@ -76,7 +76,7 @@ QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs
 
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
-  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 2 * kBlockColumns, outputs = 1;
+  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 1, outputs = 1;
   InputNeeds needs;
   const auto look = [&](const Matrix& m) {
     columns = std::max(columns, m.padded_columns());
@@ -114,7 +114,6 @@ void Executor::measure() {
     worker.totals = allocate<float>(rows * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
     worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
-    worker.activations = allocate<int8_t>(2 * kBlockColumns);
     worker.sums = allocate<float>(static_cast<size_t>(outputs));
   }
 }
@@ -149,8 +148,12 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
 void Executor::begin(const BatchView& batch) {
   batch_ = batch;
   positions_.clear();
+  trimmed_.clear();
   for (const SequenceView& s : batch_.sequences)
-    for (int i = 0; i < s.num_new; i++) positions_.push_back(s.num_cached + i);
+    for (int i = 0; i < s.num_new; i++) {
+      positions_.push_back(s.num_cached + i);
+      trimmed_.push_back(s.is_trimmed);
+    }
   size_t partials = 0;
   for (const Step& step : program_.steps)
     if (const auto* attention = std::get_if<AttentionStep>(&step); attention && should_split(*attention)) {

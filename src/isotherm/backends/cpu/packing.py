@@ -46,7 +46,8 @@ def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Pr
     """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron."""
 
     def is_sparse(op: ops.Ffn) -> bool:
-        return op.activation.has_zeros and neuron_form(tensors[op.down].quant_type) is not None
+        has_zeros = op.activation.has_zeros or op.trim_gate is not None or op.trim_hidden is not None
+        return has_zeros and neuron_form(tensors[op.down].quant_type) is not None
 
     return lower(program, is_sparse)
 
@@ -132,7 +133,8 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
                 yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
             case ops.SparseUp():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
-                yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+                if op.by_rows:
+                    yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
             case ops.SparseDown():
                 yield from _matrix(op.weight, op.bias)
                 yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS

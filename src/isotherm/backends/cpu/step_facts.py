@@ -56,6 +56,8 @@ class _Description:
                 return self._matmul("up, those that fire", [op.weight])
             case ops.SparseDown():
                 return self._matmul("down, those that fire", [op.weight])
+            case ops.TrimOp():
+                return StepFacts("trim", self._layer)
             case ops.RopeAttention():
                 state = self._program.states[op.state]
                 return StepFacts(
