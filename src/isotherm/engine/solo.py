@@ -77,6 +77,14 @@ class SoloSequence:
         total_s, sampler_s = self._decode(num_tokens)
         return DecodeTiming(total_s, self.compiled.busy_s - busy_before_s + sampler_s)
 
+    def time_reading(self, ids: Sequence[int], first: int) -> float:
+        """Seconds that the tokens from `first` on take one by one; those before are computed at once, and not timed."""
+        self._next_logits(list(ids[:first]))
+        started = time.perf_counter()
+        for token_id in ids[first:]:
+            self._next_logits([token_id])
+        return time.perf_counter() - started
+
     def read_weights_s(self) -> float | None:
         """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
         return self.compiled.read_weights_s()
@@ -121,5 +129,6 @@ class SoloSequence:
     def _reserve(self, ids: list[int], logit_rows: NDArray[np.int32]) -> Batch:
         has_room = self.pages.reserve(len(ids))
         assert has_room, "a sequence alone has room for the whole context"
-        part = program_batch.Sequence(len(ids), len(self.pages.token_ids), self.pages.page_tables)
+        cached, tables = len(self.pages.token_ids), self.pages.page_tables
+        part = program_batch.Sequence(len(ids), cached, tables, self.pages.is_trimmed)
         return Batch(np.array(ids, np.int32), (part,), logit_rows)

@@ -42,6 +42,11 @@ class Program:
     states: tuple[StateSpec, ...]
     logits: Value
 
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether a lossy rule holds, for sequences that are trimmed. Of a lowered Program."""
+        return any(isinstance(op, ops.TrimOp) for op in self.ops)
+
     def keeping(self, kv_type: KvType) -> "Program":
         """The same Program with keys and values kept as `kv_type`."""
         return replace(self, states=tuple(replace(state, kv_type=kv_type) for state in self.states))

@@ -1,0 +1,136 @@
+"""Looks for the fastest lossy rule within a budget: the highest rung of each rule's ladder that keeps it, timed."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm.evaluation.windows import Window, log_softmax, scored_rows
+from isotherm.load_options import Budget
+from isotherm.quality.calibration import Ladder
+from isotherm.quality.choice import LayerTrims, Measured
+from isotherm.quality.rules import Rule
+from isotherm.text import TextGenerator
+
+Layers = Sequence[LayerTrims]
+Load = Callable[[Layers | None], AbstractContextManager[TextGenerator]]  # None: exact
+
+_NUM_ROUNDS = 5
+_PROMPT_TOKENS = 64  # of the text that is timed: read at once before the others
+
+
+class HeldOut:
+    """Predictions of the exact model for a text that nothing was calibrated on, to compare others with."""
+
+    def __init__(self, model: TextGenerator, windows: Sequence[Window]) -> None:
+        """Keeps float32 log-probabilities of every scored token in a temporary file."""
+        self._windows = windows
+        num_rows, vocab_size = sum(len(window.rows) for window in windows), model.facts.config.vocab_size
+        self._file = tempfile.TemporaryFile()
+        self._log_p = np.memmap(self._file, np.float32, "w+", shape=(num_rows, vocab_size))
+        losses = []
+        for index, (log_p, target) in enumerate(self._predictions(model)):
+            self._log_p[index] = log_p
+            losses.append(-float(log_p[target]))
+        self.perplexity = math.exp(math.fsum(losses) / len(losses))
+
+    def measure(self, model: TextGenerator) -> Measured:
+        """KL(exact || model) and perplexity."""
+        kl, losses = [], []
+        for index, (log_p, target) in enumerate(self._predictions(model)):
+            true = self._log_p[index].astype(np.float64)
+            kl.append(float(np.dot(np.exp(true), true - log_p)))
+            losses.append(-float(log_p[target]))
+        return Measured(
+            kl=float(np.mean(kl)),
+            kl_error=float(np.std(kl) / math.sqrt(len(kl))),
+            perplexity=math.exp(math.fsum(losses) / len(losses)),
+            exact_perplexity=self.perplexity,
+            skipped=0.0,
+        )
+
+    def close(self) -> None:
+        del self._log_p
+        self._file.close()
+
+    def _predictions(self, model: TextGenerator) -> Iterator[tuple[NDArray[np.float64], int]]:
+        """Log-probabilities [vocab_size] and the token that came, for each scored token."""
+        for index, window in enumerate(self._windows):
+            for logits, target in zip(scored_rows(model, window, index), window.targets, strict=True):
+                yield log_softmax(logits), target
+
+
+def within(budget: Budget, measured: Measured) -> bool:
+    if budget.metric == "kl":
+        return measured.kl <= budget.limit
+    return measured.perplexity <= measured.exact_perplexity * (1 + budget.limit)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one rule can do within the budget. rung 0: nothing."""
+
+    rule: Rule
+    rung: int
+    share: float  # of neurons left out, over the samples
+    layers: tuple[LayerTrims, ...]
+    measured: Measured
+
+
+def best_rung(
+    ladder: Ladder, budget: Budget, load: Load, held_out: HeldOut, on_try: Callable[[Rule, float, Measured], None]
+) -> Candidate:
+    """The highest rung within the budget, found by halves: errors rise with rungs, but for noise."""
+    low, high = 0, len(ladder.rungs) - 1
+    found = Candidate(ladder.rule, 0, 0.0, ladder.at(0), Measured(0, 0, held_out.perplexity, held_out.perplexity, 0))
+    while low < high:
+        rung = (low + high + 1) // 2
+        layers = ladder.at(rung)
+        with load(layers) as model:
+            measured = held_out.measure(model)
+        on_try(ladder.rule, ladder.share(rung), measured)
+        if within(budget, measured):
+            low, found = rung, Candidate(ladder.rule, rung, ladder.share(rung), layers, measured)
+        else:
+            high = rung - 1
+    return found
+
+
+def decode_rates(model: TextGenerator, token_ids: Sequence[int], num_rounds: int = _NUM_ROUNDS) -> list[float]:
+    """Tokens a second of reading a text one by one, in each of some rounds after one that is not counted."""
+    num_timed = len(token_ids) - _PROMPT_TOKENS
+    times_s = [model.read_s(token_ids, first=_PROMPT_TOKENS) for _ in range(num_rounds + 1)]
+    return [num_timed / time_s for time_s in times_s[1:]]
+
+
+def timed(
+    candidates: Sequence[Candidate], load: Load, token_ids: Sequence[int], on_rate: Callable[[Rule | None, float], None]
+) -> list[Candidate]:
+    """The candidates with their speed over the exact model's, which is measured before and after them."""
+
+    def rates(rule: Rule | None, layers: Layers | None) -> list[float]:
+        with load(layers) as model:
+            found = decode_rates(model, token_ids)
+        on_rate(rule, median(found))
+        return found
+
+    exact = rates(None, None)
+    ours = {candidate.rule: rates(candidate.rule, candidate.layers) for candidate in candidates if candidate.rung}
+    exact += rates(None, None)
+    return [
+        replace(candidate, measured=replace(candidate.measured, speed=median(ours[candidate.rule]) / median(exact)))
+        if candidate.rung
+        else candidate
+        for candidate in candidates
+    ]
+
+
+def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
+    """None where nothing is faster than the exact model."""
+    faster = [candidate for candidate in candidates if (candidate.measured.speed or 0) > 1]
+    return max(faster, key=lambda candidate: candidate.measured.speed or 0, default=None)
