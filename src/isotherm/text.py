@@ -196,6 +196,20 @@ class TextGenerator:
         with self._open_engine().alone(is_exact=exact) as solo:
             yield from solo.logit_blocks(token_ids, rows, block_rows)
 
+    def logit_blocks_of_each(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], *, block_rows: int = 64
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """`logit_blocks` of several texts (token_ids, rows), in turn: (index of the text, block).
+
+        What a text starts with in common with the one before it is computed once, up to the first of its rows.
+        """
+        for token_ids, _ in texts:
+            self._check_text(token_ids)
+        with self._open_engine().alone() as solo:
+            for index, (token_ids, rows) in enumerate(texts):
+                for block in solo.logit_blocks(token_ids, rows, block_rows):
+                    yield index, block
+
     def _check_text(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise OptionError("there are no tokens to compute")

@@ -13,6 +13,7 @@ from isotherm.cli.chat import chat
 from isotherm.cli.config import config
 from isotherm.cli.doctor import doctor
 from isotherm.cli.errors import DEBUG_VARIABLE, USAGE
+from isotherm.cli.eval import evaluate
 from isotherm.cli.flags import SETTINGS_NOTE
 from isotherm.cli.list_models import list_models
 from isotherm.cli.perplexity import perplexity
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "bench": bench,
     "perplexity": perplexity,
+    "eval": evaluate,
     "profile": profile,
     "doctor": doctor,
     "config": config,

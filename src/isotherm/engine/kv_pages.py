@@ -358,6 +358,17 @@ class SequencePages:
                 if index >= table.first:
                     table.pool.publish(int(table.pages[index]), self._keys[-1])
 
+    def go_back(self, num_tokens: int) -> int:
+        """Forgets the tokens from `num_tokens` on; returns how many are left, for a sequence that does not publish.
+
+        None are where a window has passed what the next token would see.
+        """
+        assert not self._publishes
+        if any(table.first > oldest_visible(table.window, num_tokens) for table in self._tables):
+            self.release()
+        del self.token_ids[num_tokens:]
+        return len(self.token_ids)
+
     def release(self) -> None:
         """Lets go of all pages, deepest first: what many sequences start with is kept longest."""
         num_full, rest = divmod(len(self.token_ids), PAGE_TOKENS)

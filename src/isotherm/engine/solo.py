@@ -20,6 +20,12 @@ from isotherm.types import SamplingParams
 F32 = NDArray[np.float32]
 
 
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both start with."""
+    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, min(len(first), len(second)))
+
+
 @dataclass(frozen=True)
 class DecodeTiming:
     """busy_s: the part of total_s in which native code computed, backend or sampler; the rest is Python's."""
@@ -39,7 +45,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class SoloSequence:
-    """An empty sequence; `Engine.alone` makes it."""
+    """A sequence, empty at first; `Engine.alone` makes it."""
 
     compiled: CompiledProgram
     pages: SequencePages
@@ -47,8 +53,12 @@ class SoloSequence:
     batch_tokens: int
 
     def logit_blocks(self, ids: Sequence[int], rows: Sequence[int], block_rows: int) -> Iterator[F32]:
-        """Logits of the given rising positions, at most `block_rows` of them at a time: [<= block_rows, vocab_size]."""
-        for start in range(0, len(ids), self.batch_tokens):
+        """Logits of the given rising positions, at most `block_rows` of them at a time: [<= block_rows, vocab_size].
+
+        What `ids` start with in common with the text before is not computed again, up to the first of the rows.
+        """
+        num_known = num_common(self.pages.token_ids, ids[: rows[0]] if len(rows) else ids)
+        for start in range(self.pages.go_back(num_known), len(ids), self.batch_tokens):
             chunk = list(ids[start : start + self.batch_tokens])
             wanted = np.array([row - start for row in rows if start <= row < start + len(chunk)], np.int32)
             self._forward(chunk, wanted)
