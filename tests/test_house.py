@@ -42,8 +42,9 @@ ARROWS: dict[str, set[str]] = {
     "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine", "program"},
     "sparsity": DATA | {"backends", "program", "quantization", "text"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
+    "quality": DATA | {"backends", "evaluation", "load_options", "program", "quantization", "sparsity", "text"},
     "assemble": DATA
-    | {"backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
+    | {"quality", "backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
     | {"tokenization"},
     "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
@@ -60,13 +61,14 @@ COMMANDS: dict[str, set[str]] = {
     "version": {"backends"},
     "tokenize": {"tokenization"},
     "profile": {"sparsity"},
+    "tune": {"quality", "load_options", "models"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {
-        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "sparsity", "text"},
-        "tokenization",
+        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quality", "quantization", "sparsity"},
+        *{"text", "tokenization"},
     },
     "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},

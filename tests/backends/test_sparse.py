@@ -101,7 +101,9 @@ def test_neurons_hold_the_codes_and_scales(quant_type: QuantType) -> None:
         else:
             codes = lines[:, output // 64, byte]
         assert codes.tolist() == fields.codes[output].tolist()
-    planes = packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, fields.scale.shape[1], 256)
+    planes = (
+        packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, fields.scale.shape[1], 256)
+    )
     assert np.array_equal(planes[0, :, :outputs].T.astype(np.float32), fields.scale)
     assert (len(planes) == 2) == form.has_minimum == (fields.minimum is not None)
     if fields.minimum is not None:

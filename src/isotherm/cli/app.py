@@ -26,6 +26,7 @@ from isotherm.cli.serve import serve
 from isotherm.cli.show import show
 from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
+from isotherm.cli.tune import tune
 from isotherm.cli.version import version_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "perplexity": perplexity,
     "eval": evaluate,
     "profile": profile,
+    "tune": tune,
     "doctor": doctor,
     "config": config,
 }

@@ -45,8 +45,8 @@ class NormWeights:
 class Trim:
     """A lossy rule: what is below a threshold counts as 0, in the sequences of a batch that are trimmed.
 
-    thresholds: of magnitudes, float32 bytes by column (Lee et al. 2024; Liu et al. 2024). None: that of a token is mean +
-    `deviations` * standard deviation of its magnitudes (You et al. 2025). What is not a number stays.
+    thresholds: of magnitudes, float32 bytes by column (Lee et al. 2024; Liu et al. 2024). None: that of a token is the
+    mean of its magnitudes + `deviations` * their standard deviation (You et al. 2025). What is not a number stays.
     """
 
     thresholds: bytes | None

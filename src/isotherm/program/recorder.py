@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from isotherm.program import ops
-from isotherm.program.ops import AttentionShape, NormWeights, Op, Value
+from isotherm.program.ops import AttentionShape, Ffn, NormWeights, Op, Value
 from isotherm.types import Activation, KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
@@ -41,6 +41,11 @@ class Program:
     ops: tuple[Op, ...]
     states: tuple[StateSpec, ...]
     logits: Value
+
+    @property
+    def ffns(self) -> tuple[Ffn, ...]:
+        """Of a recorded Program, layer by layer."""
+        return tuple(op for op in self.ops if isinstance(op, Ffn))
 
     @property
     def is_trimmed(self) -> bool:

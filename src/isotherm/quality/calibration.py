@@ -1,8 +1,8 @@
-"""What a text's hidden values are, layer by layer, and how much of each layer's neurons a rule leaves out for what error.
+"""What a text's hidden values are, layer by layer, and what error leaving out more and more of a layer's neurons makes.
 
-For every rule and layer the error of leaving out a growing share of neurons is measured: of the FFN's output, relative to
-what the op writes. A ladder then raises the share of that layer whose error grows least, again and again: each rung is
-one split of a total over the layers (the greedy of TEAL, Liu et al. 2024, over layers instead of matrices).
+The error is that of the FFN's output, relative to what its op writes, for every rule, layer and share. A ladder then
+raises the share of that layer whose error grows least by it, again and again: each rung is a split of a total over the
+layers (the greedy of TEAL, Liu et al. 2024, over layers instead of matrices).
 """
 
 import heapq
@@ -50,7 +50,7 @@ def neutral_trims(program: Program) -> tuple[LayerTrims, ...]:
         trim = ops.Trim(np.zeros(op.ffn_size, np.float32).tobytes())
         return LayerTrims(hidden=trim) if op.gate is None else LayerTrims(gate=trim)
 
-    return tuple(neutral(op) for op in program.ops if isinstance(op, ops.Ffn))
+    return tuple(neutral(op) for op in program.ffns)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Ladder:
         chosen = self.rungs[rung]
         return tuple(LayerTrims() if i == 0 else trims[i] for trims, i in zip(self.trims, chosen, strict=True))
 
-    def share(self, rung: int) -> float:
-        """Mean share of neurons left out over the samples."""
-        return float(np.mean([SHARES[i] for i in self.rungs[rung]]))
+    def shares(self, rung: int) -> tuple[float, ...]:
+        """Of neurons left out over the samples, by layer."""
+        return tuple(float(SHARES[i]) for i in self.rungs[rung])
 
 
 def collect(model: TextGenerator, windows: Sequence[Sequence[int]]) -> list[LayerSamples]:

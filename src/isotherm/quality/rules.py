@@ -8,8 +8,8 @@
     teal    |hidden value|                                             Liu et al. 2024, "TEAL"
     wina    |hidden value| * norm of the down column                   Chen et al. 2025, "WINA"
 
-The first four leave out rows of up and columns of down, the last two columns of down. An FFN without a gate has the last
-two alone. Inputs of the other matmuls are left as they are: their columns would have to be kept a second time, and read
+The first four leave out rows of up and columns of down, the last two columns of down. An FFN without a gate has these
+alone. Inputs of the other matmuls are left as they are: their columns would have to be kept a second time, and read
 at half the bandwidth, for shares that are far above a half (ARCHITECTURE.md, "Quality").
 """
 
@@ -87,8 +87,9 @@ class LayerRule:
         assert values is not None
         if trim.thresholds is None:
             below: NDArray[np.bool_] = _standardised(values) < trim.deviations
-            return below
-        return np.abs(values) < np.frombuffer(trim.thresholds, np.float32)
+        else:
+            below = np.abs(values) < np.frombuffer(trim.thresholds, np.float32)
+        return below
 
     def _importance(self, samples: LayerSamples, down_norm: F32) -> F32:
         ones = np.ones_like(down_norm)
@@ -100,7 +101,10 @@ class LayerRule:
         return down_norm if self._rule is Rule.WINA else ones
 
     def _score(self, values: F32) -> F32:
-        return _standardised(values) if self._rule is Rule.TOPK else np.abs(values) * self._weight
+        if self._rule is Rule.TOPK:
+            return _standardised(values)
+        scores: F32 = np.abs(values) * self._weight
+        return scores
 
     def _trim(self, level: np.float32) -> LayerTrims:
         if self._rule is Rule.TOPK:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,9 @@ class HeldOut:
 
     def __init__(self, model: TextGenerator, windows: Sequence[Window]) -> None:
         """Keeps float32 log-probabilities of every scored token in a temporary file."""
-        self._windows = windows
+        self.windows = tuple(windows)
         num_rows, vocab_size = sum(len(window.rows) for window in windows), model.facts.config.vocab_size
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `close`
         self._log_p = np.memmap(self._file, np.float32, "w+", shape=(num_rows, vocab_size))
         losses = []
         for index, (log_p, target) in enumerate(self._predictions(model)):
@@ -60,7 +60,7 @@ class HeldOut:
 
     def _predictions(self, model: TextGenerator) -> Iterator[tuple[NDArray[np.float64], int]]:
         """Log-probabilities [vocab_size] and the token that came, for each scored token."""
-        for index, window in enumerate(self._windows):
+        for index, window in enumerate(self.windows):
             for logits, target in zip(scored_rows(model, window, index), window.targets, strict=True):
                 yield log_softmax(logits), target
 
@@ -77,9 +77,13 @@ class Candidate:
 
     rule: Rule
     rung: int
-    share: float  # of neurons left out, over the samples
+    shares: tuple[float, ...]  # of neurons left out, over the samples, by layer
     layers: tuple[LayerTrims, ...]
     measured: Measured
+
+    @property
+    def share(self) -> float:
+        return fmean(self.shares)
 
 
 def best_rung(
@@ -87,15 +91,16 @@ def best_rung(
 ) -> Candidate:
     """The highest rung within the budget, found by halves: errors rise with rungs, but for noise."""
     low, high = 0, len(ladder.rungs) - 1
-    found = Candidate(ladder.rule, 0, 0.0, ladder.at(0), Measured(0, 0, held_out.perplexity, held_out.perplexity, 0))
+    nothing = Measured(0, 0, held_out.perplexity, held_out.perplexity, 0)
+    found = Candidate(ladder.rule, 0, ladder.shares(0), ladder.at(0), nothing)
     while low < high:
         rung = (low + high + 1) // 2
         layers = ladder.at(rung)
         with load(layers) as model:
-            measured = held_out.measure(model)
-        on_try(ladder.rule, ladder.share(rung), measured)
-        if within(budget, measured):
-            low, found = rung, Candidate(ladder.rule, rung, ladder.share(rung), layers, measured)
+            candidate = Candidate(ladder.rule, rung, ladder.shares(rung), layers, held_out.measure(model))
+        on_try(ladder.rule, candidate.share, candidate.measured)
+        if within(budget, candidate.measured):
+            low, found = rung, candidate
         else:
             high = rung - 1
     return found

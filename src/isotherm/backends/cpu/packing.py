@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
 from isotherm.quantization.neurons import neuron_form, pack_neurons, pack_rows
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
-from isotherm.quantization.packed_cache import open_or_build
+from isotherm.quantization.packed_cache import enforce_cap, open_or_build
 from isotherm.quantization.packed_file import (
+    SUFFIX,
     CacheUnavailable,
     EntryKind,
     EntrySpec,
@@ -100,21 +102,37 @@ def pack_in_memory(program: Program, tensors: Mapping[str, WeightTensor]) -> Pac
     return memory
 
 
-def open_packed(
-    program: Program, tensors: Mapping[str, WeightTensor], path: Path, identity: str, notify: Callable[[str], None]
-) -> PackedWeights:
-    """The packed weights of a lowered Program from the file `path`, which is made where it is missing or stale.
+@dataclass(frozen=True)
+class PackedCache:
+    """Where packed weights of a model file are kept, and how much of the disk all of them may take."""
 
-    identity: of the source file. Where the file cannot be written, `notify` hears why, and memory is used.
+    folder: Path
+    cap_bytes: int
+    model: str  # a name for the file
+    identity: str  # of the model file
+
+
+def open_packed(
+    program: Program, tensors: Mapping[str, WeightTensor], cache: PackedCache, notify: Callable[[str], None]
+) -> PackedWeights:
+    """The packed weights of a lowered Program from their file, which is made where it is missing or stale.
+
+    Programs that need other forms of the weights have files of their own. Where the file cannot be written, `notify`
+    hears why, and memory is used.
     """
+    entries = packed_entries(program, tensors)
+    forms = hashlib.sha256(repr([spec for spec, _ in entries]).encode()).hexdigest()
+    path = cache.folder / f"{cache.model}-{cache.identity[:16]}-{forms[:8]}{SUFFIX}"
 
     def build(sink: PackedSink) -> None:
         notify("packing the weights for this engine, once")
         pack_program(program, tensors, sink)
 
-    key = f"{identity} {hashlib.sha256(program.dump().encode()).hexdigest()}"
     try:
-        return open_or_build(path, key, build, notify)
+        weights = open_or_build(path, f"{cache.identity} {forms}", build, notify)
+        for evicted in enforce_cap(cache.folder, cache.cap_bytes, keep=path):
+            notify(f"removed {evicted.path.name} from the cache of packed models: it is full")
+        return weights
     except CacheUnavailable as error:
         notify(f"running without the cache of packed models: {error.strerror} ({error.filename})")
         return pack_in_memory(program, tensors)
