@@ -137,7 +137,9 @@ def test_what_is_not_a_number_reaches_every_output(position: int) -> None:
 # --- whole models
 
 
-@pytest.mark.parametrize(("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", "")])
+@pytest.mark.parametrize(
+    ("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", ""), ("falcon", "relu")]
+)
 def test_whole_models(family: str, activation: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path, family, QuantType.Q4_0, activation)
     by_neurons = model.by_neurons()

@@ -8,9 +8,10 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 
 from isotherm.errors import ModelFileError
-from isotherm.formats.families import read_config, read_tensors
 from isotherm.formats.gguf import GgufFile, open_gguf
 from isotherm.formats.gguf_tables import FILE_TYPES
+from isotherm.formats.model_config import read_config
+from isotherm.formats.model_tensors import read_tensors
 from isotherm.formats.tensor_source import TensorSource
 from isotherm.formats.tokenizer_spec import read_tokenizer
 from isotherm.types import ModelConfig, TokenizerSpec
@@ -25,7 +26,7 @@ class Checkpoint:
     Tensors go by canonical names: `embed`, `final_norm`, `head` (absent where tied to embed) and, per layer i,
     `layers.{i}.` with attn_norm, q, k, v, q_bias, k_bias, v_bias, o, q_norm, k_norm, post_attn_norm, ffn_norm, gate,
     up, down, post_ffn_norm, as far as the family has them; OPT also has `positions`, and `_bias` behind the name of
-    every other vector and matrix. Rotary pairs of q and k stand in halves.
+    every other vector and matrix, Falcon behind that of every norm. Rotary pairs of q and k stand in halves.
     """
 
     path: Path

@@ -39,6 +39,7 @@ class TensorSource:
     shape: tuple[int, int]  # rows, columns
     _stored: GgufTensor = field(repr=False)
     _order: InterleavedHeads | None = None
+    _first_row: int = 0  # of a stored matrix that holds more than this one; in its order, where `_order` is None
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +58,7 @@ class TensorSource:
         row_end = num_rows if row_end is None else row_end
         assert 0 <= row_start <= row_end <= num_rows
         if self._order is None or row_start == row_end:
-            return self._stored.read(row_start, row_end)
+            return self._stored.read(self._first_row + row_start, self._first_row + row_end)
         if num_rows == 1:  # a bias: its elements go as the rows of its matrix go
             elements = self._stored.read().reshape(columns, -1)
             return elements[self._order.stored_rows(np.arange(columns))].reshape(1, -1)

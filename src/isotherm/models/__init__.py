@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from isotherm.models import gemma3, llama, opt
+from isotherm.models import falcon, gemma3, llama, opt
 from isotherm.program.recorder import Program
 from isotherm.types import ModelConfig
 
@@ -11,4 +11,5 @@ FAMILIES: dict[str, Callable[[ModelConfig], Program]] = {
     "qwen2": llama.record,  # its biases on QKV are the config's
     "gemma3": gemma3.record,
     "opt": opt.record,
+    "falcon": falcon.record,
 }
