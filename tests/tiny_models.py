@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
-FAMILIES = ("llama", "qwen2", "gemma3", "opt", "falcon")
+FAMILIES = ("llama", "bamboo", "qwen2", "gemma3", "opt", "falcon")
 
 _TEXT_MERGES = "Ġ t|h e|i n|Ġ a|o n|r e|e r|n d|Ġt he|a n|i s|o u|Ġ w|in g|Ġa nd|l l|o r|Ġ s|Ġ o|he r"
 _PIECES = "▁t|he|in|▁a|on|re|er|nd|▁the|an|is|ou|▁w|ing|▁and|ll|or|▁s|▁o|▁th|and|▁▁|▁in|▁is"
@@ -155,7 +155,7 @@ def _model_metadata(family: str, size: TinySizes, quant_type: QuantType) -> dict
     values |= {
         f"{family}.attention.{eps_key}": 1e-6,
         f"{family}.rope.dimension_count": size.head_dim,
-        f"{family}.rope.freq_base": 10000.0 if family in ("llama", "falcon") else 1000000.0,
+        f"{family}.rope.freq_base": 10000.0 if family in ("llama", "bamboo", "falcon") else 1000000.0,
     }
     if family == "gemma3":
         values["gemma3.attention.sliding_window"] = size.sliding_window

@@ -100,6 +100,7 @@ def test_every_tensor_has_its_canonical_name(family: str, tiny: Callable[..., Ch
         layer.remove("gate")
     layer += {
         "llama": [],
+        "bamboo": [],
         "qwen2": ["q_bias", "k_bias", "v_bias"],
         "gemma3": ["q_norm", "k_norm", "post_attn_norm", "post_ffn_norm"],
         "opt": [f"{name}_bias" for name in layer],
@@ -288,6 +289,16 @@ def test_which_norm_of_falcon_is_which(tmp_path: Path) -> None:
         assert not [name for name in checkpoint.tensors if "ffn_norm" in name]
 
 
+def test_bamboo_has_the_rows_of_llama_and_an_activation_of_its_own(tmp_path: Path) -> None:
+    sources = {}
+    for family in ("llama", "bamboo"):
+        path = write_tiny(tmp_path / f"{family}.gguf", family, QuantType.F32, num_layers=1)
+        with open_checkpoint(path) as checkpoint:
+            sources[family] = {name: source.read().tobytes() for name, source in checkpoint.tensors.items()}
+            assert checkpoint.config.activation is (Activation.DRELU if family == "bamboo" else Activation.SILU)
+    assert sources["llama"] == sources["bamboo"]
+
+
 def test_what_a_falcon_may_say_of_itself(tiny: Callable[..., Checkpoint]) -> None:
     same = {"falcon.use_parallel_residual": True, "falcon.tensor_data_layout": "jploski"}
     with tiny("falcon", metadata=same) as checkpoint:
@@ -433,7 +444,7 @@ def test_names_cannot_write_to_the_terminal(tiny: Callable[..., Checkpoint]) -> 
 @pytest.mark.parametrize(
     ("family", "metadata", "says"),
     [
-        ("llama", {"general.architecture": "mamba"}, "architecture 'mamba' .* known: llama, qwen2, gemma3"),
+        ("llama", {"general.architecture": "mamba"}, "architecture 'mamba' .* known: llama, bamboo, qwen2, gemma3"),
         ("llama", {"general.type": "adapter"}, "holds 'adapter'"),
         ("llama", {"llama.expert_count": 8}, "llama.expert_count is 8"),
         ("llama", {"llama.logit_scale": 0.5}, "logit_scale"),
@@ -541,6 +552,7 @@ def test_vocabulary_and_embedding_must_agree(tiny: Callable[..., Checkpoint]) ->
         ("falcon", "blk.1.attn_norm_2.weight", "blk.1.attn_norm_2.weight is missing"),
         ("falcon", "blk.0.attn_norm_2.weight", "attn_norm_2.* has no place"),
         ("falcon", "blk.0.attn_norm_2.bias", "blk.0.attn_norm_2.bias is missing"),
+        ("llama", "blk.0.ffn_down.weight", "blk.0.ffn_down.weight is missing"),
         ("falcon", "output_norm.bias", "output_norm.bias is missing"),
     ],
 )

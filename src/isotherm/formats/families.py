@@ -79,6 +79,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         _LAYER_TENSORS, qkv_bias=None, interleaved_rope=True, rope_factors=True, named_activations=tuple(Activation)
     ),
+    "bamboo": Family(_LAYER_TENSORS, interleaved_rope=True, activation=Activation.DRELU),
     "qwen2": Family(_LAYER_TENSORS, qkv_bias=True),
     "gemma3": Family(_LAYER_TENSORS | _GEMMA_TENSORS, sliding_window=True),
     "opt": Family(

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from isotherm.errors import ModelFileError, UnsupportedModel
+from isotherm.formats import powerinfer
 from isotherm.formats.families import EMBED, FAMILIES, HEAD, POSITIONS, QKV_BIASES, ROPE_FACTORS, SECOND_NORM
 from isotherm.formats.gguf import GgufFile
 from isotherm.formats.metadata import Metadata, quoted
@@ -66,11 +67,13 @@ def read_config(file: GgufFile) -> ModelConfig:
     metadata = file.metadata
     name = family_of(metadata)
     family = FAMILIES[name]
+    if file.is_powerinfer:
+        powerinfer.check_family(metadata, name)
     hidden_size = metadata.integer(f"{name}.embedding_length", low=1, high=MAX_HIDDEN_SIZE)
     num_heads = metadata.uniform_integer(f"{name}.attention.head_count", low=1, high=MAX_HEADS)
     num_layers = metadata.integer(f"{name}.block_count", low=1, high=MAX_LAYERS)
     head_dim = _head_dim(metadata, name, hidden_size, num_heads)
-    context_tokens = metadata.integer(f"{name}.context_length", low=1, high=MAX_CONTEXT_TOKENS)
+    context_tokens, first_position_row = _context(file, name)
     _refuse_variants(metadata, name)
     rope = _rope(file, name, head_dim) if family.has_rope else None
     window = metadata.integer(f"{name}.attention.sliding_window", low=0, high=MAX_CONTEXT_TOKENS, default=0)
@@ -88,16 +91,16 @@ def read_config(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=find_tensor(file, EMBED).num_rows,
         context_tokens=context_tokens,
-        norm_eps=metadata.number(f"{name}.attention.{family.eps_key}", low=0.0, high=1.0),
+        norm_eps=_norm_eps(file, name),
         rope=rope,
         tied_head=HEAD not in file.tensors,
-        activation=_activation(metadata, name),
+        activation=powerinfer.ACTIVATIONS[name] if file.is_powerinfer else _activation(metadata, name),
         qkv_bias=family.qkv_bias if family.qkv_bias is not None else f"blk.0.{QKV_BIASES['q_bias']}" in file.tensors,
         attention_scale=_attention_scale(metadata, name, num_layers, hidden_size / num_heads),
         sliding_window=window if is_windowed else None,
         local_rope=_local_rope(metadata, name, rope.dims) if is_windowed and rope else None,
         global_every=_global_every(metadata, name) if is_windowed else None,
-        first_position_row=0 if family.has_rope else _first_position_row(file, context_tokens),
+        first_position_row=first_position_row,
         shared_norm=family.parallel_residual and f"blk.0.{SECOND_NORM}" not in file.tensors,
     )
 
@@ -158,14 +161,27 @@ def _activation(metadata: Metadata, name: str) -> Activation:
     return Activation(value)
 
 
-def _first_position_row(file: GgufFile, context_tokens: int) -> int:
-    first_row = find_tensor(file, POSITIONS).num_rows - context_tokens
+def _norm_eps(file: GgufFile, name: str) -> float:
+    key = f"{name}.attention.{FAMILIES[name].eps_key}"
+    default = powerinfer.DEFAULT_EPS.get(name) if file.is_powerinfer else None
+    return file.metadata.number(key, low=0.0, high=1.0, default=default)
+
+
+def _context(file: GgufFile, name: str) -> tuple[int, int]:
+    """Tokens of the longest sequence, and the row of position 0 where positions are learned."""
+    context_tokens = file.metadata.integer(f"{name}.context_length", low=1, high=MAX_CONTEXT_TOKENS)
+    if FAMILIES[name].has_rope:
+        return context_tokens, 0
+    num_rows = find_tensor(file, POSITIONS).num_rows
+    if file.is_powerinfer and num_rows == context_tokens > max(_OPT_FIRST_ROWS):
+        context_tokens -= max(_OPT_FIRST_ROWS)  # that dialect counts all rows of a table that it copies whole
+    first_row = num_rows - context_tokens
     if first_row not in _OPT_FIRST_ROWS:
         raise ModelFileError(
             f"{file.path}: tensor {POSITIONS} has {first_row + context_tokens} rows for a context of "
             f"{context_tokens}; the file is damaged"
         )
-    return first_row
+    return context_tokens, first_row
 
 
 def _rope(file: GgufFile, name: str, head_dim: int) -> Rope:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from isotherm.errors import ModelFileError, UnsupportedModel
+from isotherm.formats import powerinfer
 from isotherm.formats.families import FAMILIES, GLOBAL_TENSORS, QKV_BIASES, ROPE_FACTORS, SHARED_NORM_TENSORS, Family
 from isotherm.formats.gguf import GgufFile, GgufTensor
 from isotherm.formats.metadata import quoted
@@ -17,28 +18,17 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, TensorSource]
     """
     family = FAMILIES[config.family]
     shapes = _expected_shapes(config)
-    first_rows = _first_rows_of_qkv(shapes) if family.fused_qkv else {}
     global_tensors = {**GLOBAL_TENSORS, **family.global_tensors}
     names = {canonical: stored for canonical, stored in global_tensors.items() if canonical in shapes}
+    layer_tensors = _layer_tensors(family, config)
+    if file.is_powerinfer:
+        layer_tensors = powerinfer.stored_names(layer_tensors)
     for layer in range(config.num_layers):
-        stored_names = _layer_tensors(family, config)
-        names |= {f"layers.{layer}.{suffix}": f"blk.{layer}.{stored}" for suffix, stored in stored_names.items()}
-    order = InterleavedHeads(config.head_dim, config.rope.dims) if family.interleaved_rope and config.rope else None
-    sources = {}
-    for canonical, stored in names.items():
-        tensor = find_tensor(file, stored)
-        suffix = canonical.rpartition(".")[2]
-        check_shape(file.path, tensor, shapes["qkv" if suffix in first_rows else suffix])
-        is_rotated = suffix in ("q", "k", "q_bias", "k_bias")
-        sources[canonical] = TensorSource(
-            canonical,
-            tensor.quant_type,
-            shapes[suffix],
-            tensor,
-            order if is_rotated else None,
-            first_rows.get(suffix, 0),
-        )
+        names |= {f"layers.{layer}.{suffix}": f"blk.{layer}.{stored}" for suffix, stored in layer_tensors.items()}
+    sources = {canonical: _source(file, config, canonical, stored, shapes) for canonical, stored in names.items()}
     known = {*names.values(), *([ROPE_FACTORS] if family.rope_factors else [])}
+    if file.is_powerinfer:
+        known |= powerinfer.check_predictors(file, config)
     for stored in file.tensors:
         if stored not in known:
             raise UnsupportedModel(
@@ -48,6 +38,29 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, TensorSource]
     return sources
 
 
+def _source(
+    file: GgufFile, config: ModelConfig, canonical: str, stored: str, shapes: dict[str, tuple[int, int]]
+) -> TensorSource:
+    """How the tensor `stored`, once it is checked, is read as `canonical`."""
+    family, tensor, suffix = FAMILIES[config.family], find_tensor(file, stored), canonical.rpartition(".")[2]
+    shape = shapes[suffix]
+    if file.is_powerinfer and suffix == "down":
+        check_shape(file.path, tensor, shape[::-1])
+        by_neuron = powerinfer.down_by_neuron(file.path, tensor)
+        return TensorSource(canonical, by_neuron.quant_type, shape, by_neuron)
+    if family.fused_qkv and suffix in ("q", "k", "v"):
+        check_shape(file.path, tensor, shapes["qkv"])
+        q_rows, kv_rows = shapes["q"][0], shapes["k"][0]
+        first_row = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}[suffix]
+        return TensorSource(canonical, tensor.quant_type, shape, tensor, _first_row=first_row)
+    check_shape(file.path, tensor, shape)
+    is_rotated = suffix in ("q", "k", "q_bias", "k_bias")
+    if is_rotated and family.interleaved_rope and config.rope:
+        order = InterleavedHeads(config.head_dim, config.rope.dims)
+        return TensorSource(canonical, tensor.quant_type, shape, tensor, order)
+    return TensorSource(canonical, tensor.quant_type, shape, tensor)
+
+
 def _layer_tensors(family: Family, config: ModelConfig) -> dict[str, str]:
     """Stored by canonical names of one layer."""
     names = {**family.layer_tensors, **(QKV_BIASES if config.qkv_bias else {})}
@@ -55,12 +68,6 @@ def _layer_tensors(family: Family, config: ModelConfig) -> dict[str, str]:
         names = {name: stored for name, stored in names.items() if not name.startswith("ffn_norm")}
         names |= SHARED_NORM_TENSORS
     return names
-
-
-def _first_rows_of_qkv(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """Where the rows of each begin in the fused matrix."""
-    q_rows, kv_rows = shapes["q"][0], shapes["k"][0]
-    return {"q": 0, "k": q_rows, "v": q_rows + kv_rows}
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

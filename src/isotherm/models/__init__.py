@@ -8,6 +8,7 @@ from isotherm.types import ModelConfig
 
 FAMILIES: dict[str, Callable[[ModelConfig], Program]] = {
     "llama": llama.record,
+    "bamboo": llama.record,
     "qwen2": llama.record,  # its biases on QKV are the config's
     "gemma3": gemma3.record,
     "opt": opt.record,
