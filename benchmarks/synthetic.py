@@ -1,4 +1,4 @@
-"""Writes a llama-shaped GGUF of random weights: right for speed and memory, never for quality.
+"""Writes a GGUF of random weights, shaped like a llama or a falcon: right for speed and memory, never for quality.
 
     python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
     python benchmarks/synthetic.py --shape 7b --type Q4_0 --activation relu --active 0.1 relu-7b.gguf
@@ -30,6 +30,7 @@ class Shape:
     num_kv_heads: int
     vocab_size: int = 32000
     context_tokens: int = 4096
+    family: str = "llama"  # or falcon, like the 7B: one norm a layer
 
     @property
     def head_dim(self) -> int:
@@ -42,6 +43,8 @@ SHAPES = {
     "3b": Shape(28, 3072, 8192, 24, 8),
     "7b": Shape(32, 4096, 11008, 32, 32),
     "13b": Shape(40, 5120, 13824, 40, 40),
+    "falcon-tiny": Shape(2, 256, 1024, 4, 1, vocab_size=512, context_tokens=512, family="falcon"),
+    "falcon-7b": Shape(32, 4544, 18176, 71, 1, vocab_size=65024, context_tokens=2048, family="falcon"),
 }
 
 
@@ -113,7 +116,7 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
     quant_type = gguf.GGMLQuantizationType[type_name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.family)
     _add_metadata(writer, shape, type_name)
     if planted:
         writer.add_string("isotherm.activation", planted.activation)
@@ -153,25 +156,33 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     """GGUF names with rows and columns, in the order of the file."""
     hidden, kv_rows = shape.hidden_size, shape.num_kv_heads * shape.head_dim
     layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,),
-        "attn_q": (hidden, hidden),
-        "attn_k": (kv_rows, hidden),
-        "attn_v": (kv_rows, hidden),
-        "attn_output": (hidden, hidden),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (shape.ffn_size, hidden),
-        "ffn_up": (shape.ffn_size, hidden),
-        "ffn_down": (hidden, shape.ffn_size),
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (hidden, hidden),
+        "attn_k.weight": (kv_rows, hidden),
+        "attn_v.weight": (kv_rows, hidden),
+        "attn_output.weight": (hidden, hidden),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (shape.ffn_size, hidden),
+        "ffn_up.weight": (shape.ffn_size, hidden),
+        "ffn_down.weight": (hidden, shape.ffn_size),
     }
+    last: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+    if shape.family == "falcon":
+        kept = ("attn_norm.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+        layer = {"attn_norm.bias": (hidden,), **{name: layer[name] for name in kept}}
+        layer["attn_qkv.weight"] = (hidden + 2 * kv_rows, hidden)
+        last["output_norm.bias"] = (hidden,)
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab_size, hidden)}
     for index in range(shape.num_layers):
-        tensors |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
-    return tensors | {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+        tensors |= {f"blk.{index}.{name}": dims for name, dims in layer.items()}
+    return tensors | last
 
 
 def _vector(name: str, size: int, planted: Planted | None) -> Iterator[NDArray[np.float32]]:
-    """Norms. Planted ones keep attention small, and channel 0 as large before the gates as `Planted.bias_step` says."""
-    values = np.ones(size, np.float32)
+    """Norms; their biases are 0. Planted ones keep attention small, and channel 0 as large before the gates as
+    `Planted.bias_step` says.
+    """
+    values = np.full(size, 0 if name.endswith(".bias") else 1, np.float32)
     if planted and name.endswith("attn_norm.weight"):
         values *= 0.1
     if planted and name.endswith("ffn_norm.weight"):
@@ -264,7 +275,10 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if shape.family == "falcon":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab_size)
 
 
@@ -316,6 +330,8 @@ def main() -> None:
     planted = Planted(options.activation, options.active) if options.activation else None
     if planted and options.type_name != "Q4_0":
         parser.error("--activation is for --type Q4_0")
+    if planted and shape.family != "llama":
+        parser.error("--activation is for shapes of llamas: it plants by the gate")
     write_synthetic(options.path, shape, options.type_name, options.seed, planted)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
 

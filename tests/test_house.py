@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "facts": {"types"},
     "probe": DATA | {"_native"},
-    "formats": DATA | {"_native"},  # _native: loops over strings
+    # _native: loops over strings; quantization: what a file stores in blocks along the wrong axis is rounded anew
+    "formats": DATA | {"_native", "quantization"},
     "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
     "dialogue": DATA | {"tokenization"},
     "quantization": DATA | {"_native"},  # _native: pages of a mapped file

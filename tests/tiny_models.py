@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
-FAMILIES = ("llama", "qwen2", "gemma3", "opt")
+FAMILIES = ("llama", "bamboo", "qwen2", "gemma3", "opt", "falcon")
 
 _TEXT_MERGES = "Ġ t|h e|i n|Ġ a|o n|r e|e r|n d|Ġt he|a n|i s|o u|Ġ w|in g|Ġa nd|l l|o r|Ġ s|Ġ o|he r"
 _PIECES = "▁t|he|in|▁a|on|re|er|nd|▁the|an|is|ou|▁w|ing|▁and|ll|or|▁s|▁o|▁th|and|▁▁|▁in|▁is"
@@ -40,6 +40,7 @@ class TinySizes:
     vocab: str = ""  # "bpe" or "spm"; by default spm for gemma3, bpe for the others
     llama3_rope: bool = False  # adds rope_freqs.weight
     rope_scaling: float = 1.0  # linear
+    shared_norm: bool = False  # falcon: one norm a layer, as in the 7B; else two, as in the 40B
     seed: int = 0
 
 
@@ -150,10 +151,11 @@ def _model_metadata(family: str, size: TinySizes, quant_type: QuantType) -> dict
     }
     if family == "opt":
         return values | {"opt.attention.layer_norm_epsilon": 1e-5}
+    eps_key = "layer_norm_epsilon" if family == "falcon" else "layer_norm_rms_epsilon"
     values |= {
-        f"{family}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{family}.attention.{eps_key}": 1e-6,
         f"{family}.rope.dimension_count": size.head_dim,
-        f"{family}.rope.freq_base": 10000.0 if family == "llama" else 1000000.0,
+        f"{family}.rope.freq_base": 10000.0 if family in ("llama", "bamboo", "falcon") else 1000000.0,
     }
     if family == "gemma3":
         values["gemma3.attention.sliding_window"] = size.sliding_window
@@ -210,12 +212,18 @@ def _tensor_shapes(family: str, size: TinySizes) -> dict[str, tuple[int, ...]]:
     if family == "gemma3":
         layer |= {"attn_q_norm.weight": (size.head_dim,), "attn_k_norm.weight": (size.head_dim,)}
         layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if family == "falcon":
+        layer = {name: layer[name] for name in ("attn_output.weight", "ffn_up.weight", "ffn_down.weight")}
+        layer |= {"attn_qkv.weight": (q_rows + 2 * kv_rows, hidden)}
+        norms = ("attn_norm",) if size.shared_norm else ("attn_norm", "attn_norm_2")
+        layer |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
     if family == "opt":
         del layer["ffn_gate.weight"]
         layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (size.vocab_size, hidden)}
     if family == "opt":
         shapes["position_embd.weight"] = (size.context_tokens + 2, hidden)
+    if family in ("opt", "falcon"):
         shapes["output_norm.bias"] = (hidden,)
     for index in range(size.num_layers):
         shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}

@@ -55,7 +55,7 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
     with _collector_off():
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, reporter.notice)
         return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
 
 

@@ -145,6 +145,7 @@ class ModelConfig:
     local_rope: Rope | None = None
     global_every: int | None = None
     first_position_row: int = 0  # of the table of learned positions: the row of position 0
+    shared_norm: bool = False  # of attention and FFN side by side: both read one norm
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from isotherm.models import FAMILIES
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.quantization.packed_file import PackedMemory
-from isotherm.types import ModelConfig, QuantType, Rope
+from isotherm.types import Activation, ModelConfig, QuantType, Rope
 
 SCRIPT = Path(__file__).parents[1] / "oracle" / "make_answers.py"
 
@@ -99,6 +99,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "scale of the head": ("gemma3", {"attention_scale": None}),
     "other layers global": ("gemma3", {"global_every": 4}),
     "eps": ("llama", {"norm_eps": 1e-2}),
+    "norm of attention for the FFN too": ("falcon", {"shared_norm": True}),
+    "SiLU for GELU": ("falcon", {"activation": Activation.SILU}),
+    "GELU for ReLU": ("relu-falcon", {"activation": Activation.GELU_TANH}),
 }
 
 

@@ -124,11 +124,12 @@ class Recorder:
         self._ops.append(ops.Ffn(out, x, *names, ffn_size, activation))
         return out
 
-    def ffn_without_gate(self, x: Value, name: str, ffn_size: int, activation: Activation) -> Value:
-        """`name` is the layer's, whose up and down have biases."""
+    def ffn_without_gate(self, x: Value, name: str, ffn_size: int, activation: Activation, *, has_bias: bool) -> Value:
+        """`name` is the layer's; has_bias: whether its up and down have one each."""
         out = self._value(x.width)
         up, down = f"{name}.up", f"{name}.down"
-        self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, f"{up}_bias", f"{down}_bias"))
+        biases = (f"{up}_bias", f"{down}_bias") if has_bias else (None, None)
+        self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, *biases))
         return out
 
     def add(self, a: Value, b: Value) -> Value:

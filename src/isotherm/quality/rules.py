@@ -97,7 +97,8 @@ class LayerRule:
             assert samples.gate is not None
             # of the tokens that count: |up| weighted by |gate|
             up = np.abs(samples.hidden).sum(axis=0) / np.maximum(np.abs(samples.gate).sum(axis=0), np.float32(1e-20))
-            return (up * (down_norm if self._rule is Rule.IMPACT else ones)).astype(np.float32)
+            weight: F32 = (up * (down_norm if self._rule is Rule.IMPACT else ones)).astype(np.float32)
+            return weight
         return down_norm if self._rule is Rule.WINA else ones
 
     def _score(self, values: F32) -> F32:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from isotherm.evaluation.windows import Window, log_softmax, scored_rows
 from isotherm.load_options import Budget
-from isotherm.quality.calibration import Ladder
+from isotherm.quality.calibration import SHARES, Calibrated, Ladder
 from isotherm.quality.choice import LayerTrims, Measured
 from isotherm.quality.rules import Rule
 from isotherm.text import TextGenerator
@@ -22,6 +22,7 @@ Load = Callable[[Layers | None], AbstractContextManager[TextGenerator]]  # None:
 
 _NUM_ROUNDS = 5
 _PROMPT_TOKENS = 64  # of the text that is timed: read at once before the others
+_TIMED_STEPS = (0, 6, 10, 14, 18)  # of SHARES
 
 
 class HeldOut:
@@ -86,19 +87,35 @@ class Candidate:
         return fmean(self.shares)
 
 
+def gains(calibrated: Calibrated, load: Load, token_ids: Sequence[int]) -> tuple[float, ...]:
+    """Share of a token's time that leaving out each of SHARES in every layer saves here, never below 0.
+
+    Some shares are timed; between them it is interpolated.
+    """
+    with load(None) as model:
+        exact_s = median(decode_times_s(model, token_ids))
+    saved = [0.0]
+    for step in _TIMED_STEPS[1:]:
+        with load(calibrated.uniform(step)) as model:
+            saved.append(1 - median(decode_times_s(model, token_ids)) / exact_s)
+    shares = [SHARES[step] for step in _TIMED_STEPS]
+    return tuple(max(0.0, float(np.interp(share, shares, saved))) for share in SHARES)
+
+
 def best_rung(
     ladder: Ladder, budget: Budget, load: Load, held_out: HeldOut, on_try: Callable[[Rule, float, Measured], None]
 ) -> Candidate:
     """The highest rung within the budget, found by halves: errors rise with rungs, but for noise."""
     low, high = 0, len(ladder.rungs) - 1
     nothing = Measured(0, 0, held_out.perplexity, held_out.perplexity, 0)
-    found = Candidate(ladder.rule, 0, ladder.shares(0), ladder.at(0), nothing)
+    rule = ladder.calibrated.rule
+    found = Candidate(rule, 0, ladder.shares(0), ladder.at(0), nothing)
     while low < high:
         rung = (low + high + 1) // 2
         layers = ladder.at(rung)
         with load(layers) as model:
-            candidate = Candidate(ladder.rule, rung, ladder.shares(rung), layers, held_out.measure(model))
-        on_try(ladder.rule, candidate.share, candidate.measured)
+            candidate = Candidate(rule, rung, ladder.shares(rung), layers, held_out.measure(model))
+        on_try(candidate.rule, candidate.share, candidate.measured)
         if within(budget, candidate.measured):
             low, found = rung, candidate
         else:
@@ -106,11 +123,9 @@ def best_rung(
     return found
 
 
-def decode_rates(model: TextGenerator, token_ids: Sequence[int], num_rounds: int = _NUM_ROUNDS) -> list[float]:
-    """Tokens a second of reading a text one by one, in each of some rounds after one that is not counted."""
-    num_timed = len(token_ids) - _PROMPT_TOKENS
-    times_s = [model.read_s(token_ids, first=_PROMPT_TOKENS) for _ in range(num_rounds + 1)]
-    return [num_timed / time_s for time_s in times_s[1:]]
+def decode_times_s(model: TextGenerator, token_ids: Sequence[int]) -> list[float]:
+    """Seconds that the end of a text takes token by token, in each of some rounds after one that is not counted."""
+    return [model.read_s(token_ids, first=_PROMPT_TOKENS) for _ in range(_NUM_ROUNDS + 1)][1:]
 
 
 def timed(
@@ -118,17 +133,17 @@ def timed(
 ) -> list[Candidate]:
     """The candidates with their speed over the exact model's, which is measured before and after them."""
 
-    def rates(rule: Rule | None, layers: Layers | None) -> list[float]:
+    def times_s(rule: Rule | None, layers: Layers | None) -> list[float]:
         with load(layers) as model:
-            found = decode_rates(model, token_ids)
-        on_rate(rule, median(found))
+            found = decode_times_s(model, token_ids)
+        on_rate(rule, (len(token_ids) - _PROMPT_TOKENS) / median(found))
         return found
 
-    exact = rates(None, None)
-    ours = {candidate.rule: rates(candidate.rule, candidate.layers) for candidate in candidates if candidate.rung}
-    exact += rates(None, None)
+    exact = times_s(None, None)
+    ours = {candidate.rule: times_s(candidate.rule, candidate.layers) for candidate in candidates if candidate.rung}
+    exact += times_s(None, None)
     return [
-        replace(candidate, measured=replace(candidate.measured, speed=median(ours[candidate.rule]) / median(exact)))
+        replace(candidate, measured=replace(candidate.measured, speed=median(exact) / median(ours[candidate.rule])))
         if candidate.rung
         else candidate
         for candidate in candidates

@@ -8,10 +8,18 @@ from isotherm.evaluation.windows import cut_windows
 from isotherm.load_options import Budget
 from isotherm.program.backend import WeightTensor
 from isotherm.program.recorder import Program
-from isotherm.quality.calibration import build_ladders, collect, neutral_trims
+from isotherm.quality.calibration import (
+    SHARES,
+    Calibrated,
+    Ladder,
+    build_ladder,
+    calibrate,
+    collect,
+    neutral_trims,
+)
 from isotherm.quality.choice import Choice, LayerTrims, Measured
 from isotherm.quality.rules import Rule
-from isotherm.quality.search import Candidate, HeldOut, Load, best_rung, fastest, timed
+from isotherm.quality.search import Candidate, HeldOut, Load, best_rung, fastest, gains, timed
 
 WINDOW_TOKENS = 512
 _CALIBRATION_WINDOWS = 8
@@ -47,18 +55,33 @@ def tune(
         notify(f"calibrating on {len(windows)} windows of {WINDOW_TOKENS} tokens")
         samples = collect(model, [window.token_ids for window in windows])
         num_layers = len(samples)
-        ladders = build_ladders(
+        calibrated = calibrate(
             model, tensors, samples, plan.rules, lambda i: notify(f"layer {i + 1} of {num_layers}: errors of all rules")
         )
+    timed_ids = windows[0].token_ids[:_TIMED_TOKENS]
+    ladders = _ladders(calibrated, load, timed_ids, notify)
     held_out = _held_out(plan, load, notify)
     try:
         candidates = [best_rung(ladder, plan.budget, load, held_out, _telling(notify)) for ladder in ladders]
     finally:
         held_out.close()
     candidates = [_with_skipped(candidate, recorded, tensors) for candidate in candidates]
-    timed_ids = held_out.windows[0].token_ids[:_TIMED_TOKENS]
     candidates = timed(candidates, load, timed_ids, lambda rule, rate: notify(f"{_name(rule)}: {rate:.1f} tokens/s"))
     return Tuned(_choice(plan, load, candidates), tuple(candidates))
+
+
+def _ladders(
+    calibrated: Sequence[Calibrated], load: Load, timed_ids: Sequence[int], notify: Callable[[str], None]
+) -> list[Ladder]:
+    """What a share saves is timed once for rules of the gate, and once for those of hidden values."""
+    saved: dict[bool, tuple[float, ...]] = {}
+    for one in calibrated:
+        is_of_gate = one.rule.is_of_gate
+        if is_of_gate not in saved:
+            saved[is_of_gate] = gains(one, load, timed_ids)
+            shown = ", ".join(f"{saved[is_of_gate][i]:.1%} at {SHARES[i]:.0%}" for i in (6, 10, 14, 18))
+            notify(f"{'gate' if is_of_gate else 'hidden values'}: leaving neurons out saves {shown}")
+    return [build_ladder(one, saved[one.rule.is_of_gate]) for one in calibrated]
 
 
 def _held_out(plan: Plan, load: Load, notify: Callable[[str], None]) -> HeldOut:
