@@ -1,9 +1,9 @@
 """What a text's hidden values are, layer by layer, and what error leaving out more and more of a layer's neurons makes.
 
 The error is that of the FFN's output, relative to what its op writes, for every rule, layer and share. A ladder then
-raises the share of that layer which saves most time for its error, again and again: each rung is a split over the layers
-(the greedy of TEAL, Liu et al. 2024, over layers instead of matrices, and by time instead of share: leaving out a few
-neurons of a layer saves nothing).
+raises the share of that layer which saves most time for its error, again and again: each rung is a split over the
+layers (the greedy of TEAL, Liu et al. 2024, over layers instead of matrices, by time instead of share: leaving out a
+few neurons of a layer saves nothing).
 """
 
 import heapq
@@ -75,8 +75,13 @@ class Ladder:
     rungs: tuple[tuple[int, ...], ...]  # of each rung the index into SHARES by layer
 
     def at(self, rung: int) -> tuple[LayerTrims, ...]:
+        """Layers that leave nothing out have no trims."""
         chosen = zip(self.calibrated.trims, self.rungs[rung], strict=True)
         return tuple(LayerTrims() if i == 0 else trims[i] for trims, i in chosen)
+
+    def with_neutral(self, rung: int) -> tuple[LayerTrims, ...]:
+        """The same answers from packed weights that all rungs share: trims that leave nothing out are there too."""
+        return tuple(trims[i] for trims, i in zip(self.calibrated.trims, self.rungs[rung], strict=True))
 
     def shares(self, rung: int) -> tuple[float, ...]:
         """Of neurons left out over the samples, by layer."""
@@ -151,8 +156,8 @@ def calibrate(
         few = sample.chosen(_ERROR_STRIDE)
         for rule in wanted:
             one = LayerRule(rule, sample, down_norm)
-            choices = one.trims(SHARES)
-            trims[rule].append(tuple(choices))
+            choices = (one.neutral(), *one.trims(SHARES[1:]))
+            trims[rule].append(choices)
             steps = (_error(few, one.left_out(few, choice), down) for choice in choices[1:])
             errors[rule].append((0.0, *steps))
         on_layer(index)

@@ -79,6 +79,11 @@ class LayerRule:
         levels = np.quantile(self._scores, list(shares)).astype(np.float32)
         return [self._trim(level) for level in levels]
 
+    def neutral(self) -> LayerTrims:
+        """Leaves nothing out."""
+        trim = Trim(np.zeros(len(self._weight), np.float32).tobytes())
+        return LayerTrims(gate=trim) if self._rule.is_of_gate else LayerTrims(hidden=trim)
+
     def left_out(self, samples: LayerSamples, trims: LayerTrims) -> NDArray[np.bool_]:
         """[tokens, ffn_size]"""
         trim = trims.gate or trims.hidden

@@ -112,9 +112,8 @@ def best_rung(
     found = Candidate(rule, 0, ladder.shares(0), ladder.at(0), nothing)
     while low < high:
         rung = (low + high + 1) // 2
-        layers = ladder.at(rung)
-        with load(layers) as model:
-            candidate = Candidate(rule, rung, ladder.shares(rung), layers, held_out.measure(model))
+        with load(ladder.with_neutral(rung)) as model:
+            candidate = Candidate(rule, rung, ladder.shares(rung), ladder.at(rung), held_out.measure(model))
         on_try(candidate.rule, candidate.share, candidate.measured)
         if within(budget, candidate.measured):
             low, found = rung, candidate
