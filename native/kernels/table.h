@@ -100,10 +100,10 @@ struct NeuronsArgs {
   const int32_t* next;        // columns that are read soon
   int num_next;
   const uint8_t *scales, *minima;  // of the block, by output; of its second half `plane_bytes` behind
-  size_t plane_bytes;
-  float sums[2], scale;          // of the activation codes of each half, or of the block
-  int first_output, end_output;  // multiples of 128
-  float* y;                      // [outputs]
+  size_t plane_bytes, next_block;  // those of the block of `next` are so many bytes behind
+  float sums[2], scale;            // of the activation codes of each half, or of the block
+  int first_output, end_output;    // multiples of 128
+  float* y;                        // [outputs]
 };
 
 // Columns [first, last), multiples of 16, of a row of `columns`: 0 where the magnitude of activation(x) is below the

@@ -185,6 +185,7 @@ void Executor::down_of(const DownStep& step, const QuantRows& x, int row, int nu
                           n.scales + planes,
                           n.minima + planes,
                           n.block_bytes / 2,
+                          static_cast<size_t>(next - block) * n.block_bytes,
                           {one.sums[0], one.sums[1]},
                           x.scales[block * num_rows + row],
                           begin,
