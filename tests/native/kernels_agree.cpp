@@ -255,6 +255,7 @@ void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
                        planes.data(),
                        planes.data() + 4096,
                        2048,
+                       0,
                        {sum(), sum()},
                        random.number(),
                        128,
