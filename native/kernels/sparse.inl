@@ -38,9 +38,9 @@ VEC void transpose_words(const uint8_t* const* rows, size_t offset, uint8_t* out
     FourWords row[4];
     for (int i = 0; i < 4; i++) __builtin_memcpy(&row[i], rows[4 * group + i] + offset, sizeof(FourWords));
     const FourWords ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
-                ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
-                cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
-                cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+                    ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
+                    cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
+                    cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
     const FourWords word[4] = {
         __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
         __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};

@@ -8,6 +8,7 @@ namespace isotherm {
 constexpr int kTileRows = 16;   // output rows in the lanes of one vector
 constexpr int kPanelRows = 32;  // two tiles, one stream
 constexpr int kChunkColumns = 256;
+constexpr int kMaxFewRows = 8;  // of KernelTable::few_rows
 constexpr int kPageTokens = 64;
 constexpr int kAttentionBlock = 512;  // positions of one softmax block
 

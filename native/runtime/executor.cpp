@@ -113,8 +113,9 @@ void Executor::measure() {
     worker.normed = allocate<float>(static_cast<size_t>(columns));
     worker.totals = allocate<float>(rows * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
+    worker.fires = allocate<uint8_t>(static_cast<size_t>(neurons));
     worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
-    worker.sums = allocate<float>(static_cast<size_t>(outputs));
+    worker.sums = allocate<float>(static_cast<size_t>(kernels_.few_rows) * static_cast<size_t>(outputs));
   }
 }
 

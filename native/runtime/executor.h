@@ -80,8 +80,9 @@ class Executor {
     float* normed = nullptr;
     float* totals = nullptr;
     float* attend = nullptr;
-    int32_t* ids = nullptr;  // of neurons that fire
-    float* sums = nullptr;   // of down, by output
+    uint8_t* fires = nullptr;  // by neuron
+    int32_t* ids = nullptr;    // of neurons that fire
+    float* sums = nullptr;     // of down, row by row
   };
   struct alignas(64) Counter {
     std::atomic<int> next{0};
@@ -120,12 +121,13 @@ class Executor {
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
-  // More rows fire more neurons, and are computed whole; so are those that are no single bundle.
-  bool is_sparse(int num_rows) const { return num_rows <= std::min(kRedundantRows, kernels_.few_rows); }
+  // Rows that are no single bundle are computed whole: together they fire most neurons.
+  bool is_sparse(int num_rows) const { return num_rows <= kernels_.few_rows; }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
+  int find_firing(const UpStep& step, int num_rows, int thread);
   void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
-  void down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread);
+  void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);

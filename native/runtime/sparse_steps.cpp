@@ -49,21 +49,26 @@ struct LiveBlock {
   }
 };
 
+// Neurons whose code is not zero in any row.
+int count_live(const QuantRows& x, int num_rows) {
+  int count = 0;
+  for (int quad = 0; quad < x.columns / kQuadBytes; quad++) {
+    uint32_t any = 0, codes;
+    for (int r = 0; r < num_rows; r++) {
+      std::memcpy(&codes, x.codes + static_cast<size_t>(quad * num_rows + r) * kQuadBytes, sizeof codes);
+      any |= codes;
+    }
+    for (; any; any >>= 8) count += (any & 255) != 0;
+  }
+  return count;
+}
+
 }  // namespace
 
 bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   const Buffer &gate = buffers_[step.gate], &out = buffers_[step.out];
-  int32_t* ids = workers_[thread].ids;
-  int count = 0;
-  if (is_sparse(num_rows))
-    for (int i = 0; i < gate.width; i++) {  // what is not a number fires, so that it is seen
-      bool fires = false;
-      for (int r = 0; r < num_rows; r++)
-        fires |= step.fires_below_zero ? gate.row(r)[i] != 0.0f : !(gate.row(r)[i] <= 0.0f);
-      ids[count] = i;
-      count += fires;
-    }
+  const int count = is_sparse(num_rows) ? find_firing(step, num_rows, thread) : 0;
   const Matrix& w = step.weight;
   InputNeeds needs;
   needs.add(w);
@@ -88,6 +93,28 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
       }
   });
   return false;
+}
+
+// Neurons that fire in any row, into the thread's ids; what is not a number fires, so that it is seen.
+int Executor::find_firing(const UpStep& step, int num_rows, int thread) {
+  const Buffer& gate = buffers_[step.gate];
+  uint8_t* fires = workers_[thread].fires;
+  int32_t* ids = workers_[thread].ids;
+  std::fill(fires, fires + gate.width, uint8_t{0});
+  for (int r = 0; r < num_rows; r++) {
+    const float* row = gate.row(r);
+    if (step.fires_below_zero) {
+      for (int i = 0; i < gate.width; i++) fires[i] |= row[i] != 0.0f;
+    } else {
+      for (int i = 0; i < gate.width; i++) fires[i] |= !(row[i] <= 0.0f);
+    }
+  }
+  int count = 0;
+  for (int i = 0; i < gate.width; i++) {
+    ids[count] = i;
+    count += fires[i];
+  }
+  return count;
 }
 
 // A thread's share of the `count` neurons that fire, and of the zeros between them.
@@ -143,58 +170,63 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   needs.add(p.weight);
   QuantRows x;
   if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
-  int count = 0;
-  for (int i = 0; i < p.weight.columns * num_rows; i++) count += x.codes[i] != 0;
   bool is_sound = true;  // what is not a number must reach every output
   for (int i = 0; i < x.columns / kBlockColumns * num_rows; i++) is_sound &= x.scales[i] - x.scales[i] == 0.0f;
-  if (count > step.most_active * num_rows || !is_sound) {
+  if (!is_sound || count_live(x, num_rows) > step.most_active) {
     multiply_linear(step.linear, x, index, thread);
-    return false;
+  } else {
+    down_of(step, x, num_rows, thread);
   }
-  for (int r = 0; r < num_rows; r++) down_of(step, x, r, num_rows, thread);
   return false;
 }
 
-// A thread's share of the outputs of one row, block after block.
-void Executor::down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread) {
+// A thread's share of the outputs, block after block: what a block's neurons have is read once for all rows.
+void Executor::down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread) {
   const NeuronMatrix& n = step.neurons;
   float* sums = workers_[thread].sums;
   const Range units = share(n.outputs / kOutputUnit, thread, pool_.num_threads());
   const int begin = units.first * kOutputUnit, end = units.last * kOutputUnit;
   if (begin == end) return;
-  std::fill(sums + begin, sums + end, 0.0f);
+  for (int r = 0; r < num_rows; r++) std::fill(sums + r * n.outputs + begin, sums + r * n.outputs + end, 0.0f);
   const int num_blocks = x.columns / kBlockColumns;
-  LiveBlock live[2];
-  const auto find = [&](int block, LiveBlock& to) {
-    while (block < num_blocks && !to.collect(x, block, row, num_rows, n.form.is_halved)) block++;
+  LiveBlock live[2][kMaxFewRows];
+  const auto find = [&](int block, LiveBlock* to) {
+    for (bool found = false; block < num_blocks; block++) {
+      for (int r = 0; r < num_rows; r++) found |= to[r].collect(x, block, r, num_rows, n.form.is_halved);
+      if (found) break;
+    }
     return block;
   };
-  int i = 0;
-  for (int block = find(0, live[i]), next; block < num_blocks; block = next, i = 1 - i) {
-    const LiveBlock &one = live[i], &soon = live[1 - i];
-    next = find(block + 1, live[1 - i]);
+  int now = 0;
+  for (int block = find(0, live[now]), next; block < num_blocks; block = next, now = 1 - now) {
+    next = find(block + 1, live[1 - now]);
     const size_t planes = static_cast<size_t>(block) * n.block_bytes;
-    kernels_.add_neurons({n.form,
-                          n.codes,
-                          n.row_bytes,
-                          one.ids,
-                          one.codes,
-                          {one.ends[0], one.ends[1]},
-                          soon.ids,
-                          next < num_blocks ? kQuadBytes * soon.ends[1] : 0,
-                          n.scales + planes,
-                          n.minima + planes,
-                          n.block_bytes / 2,
-                          static_cast<size_t>(next - block) * n.block_bytes,
-                          {one.sums[0], one.sums[1]},
-                          x.scales[block * num_rows + row],
-                          begin,
-                          end,
-                          sums});
+    for (int r = 0; r < num_rows; r++) {
+      const LiveBlock &one = live[now][r], &soon = live[1 - now][r];
+      if (one.ends[1] == 0) continue;
+      kernels_.add_neurons({n.form,
+                            n.codes,
+                            n.row_bytes,
+                            one.ids,
+                            one.codes,
+                            {one.ends[0], one.ends[1]},
+                            soon.ids,
+                            next < num_blocks ? kQuadBytes * soon.ends[1] : 0,
+                            n.scales + planes,
+                            n.minima + planes,
+                            n.block_bytes / 2,
+                            static_cast<size_t>(next - block) * n.block_bytes,
+                            {one.sums[0], one.sums[1]},
+                            x.scales[block * num_rows + r],
+                            begin,
+                            end,
+                            sums + r * n.outputs});
+    }
   }
   const Projection& p = step.linear.projections[0];
-  for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
-    store_linear(step.linear, p, row, column, sums + column);
+  for (int r = 0; r < num_rows; r++)
+    for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
+      store_linear(step.linear, p, r, column, sums + r * n.outputs + column);
 }
 
 }  // namespace isotherm

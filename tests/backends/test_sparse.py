@@ -57,7 +57,7 @@ def check(up: QuantType, down: QuantType, share: float, activation: Activation) 
     for isa in ISAS:
         for num_threads in (1, 2, 3):
             compiled = finished.compile(isa, num_threads)
-            for num_tokens in (1, 2, 3, NUM_TOKENS):
+            for num_tokens in (1, 2, 3, 5, 8, NUM_TOKENS):
                 compiled.forward(chain(num_tokens, num_states=0))
                 what = f"{isa}, {num_threads} threads, {num_tokens} tokens"
                 assert_equal(compiled.logits(0, num_tokens), expected[:num_tokens], what)
