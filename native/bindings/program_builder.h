@@ -135,23 +135,15 @@ class ProgramBuilder {
   }
 
   // activation(gate) * up, of neurons that fire; rows: of the matrix, each in one piece; none: all are computed.
-  void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out,
-          int most_active) {
+  void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out) {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
     const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
-    require(rows.size() % static_cast<size_t>(m.rows) == 0 && (row_bytes > 0 || most_active < 0), "up: rows");
+    require(rows.size() % static_cast<size_t>(m.rows) == 0, "up: rows");
     const Activation named = activation_named(activation);
     const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
-    program_.steps.push_back(UpStep{x,
-                                    norm(norm_ref, width(x)),
-                                    gate,
-                                    m,
-                                    {rows.data(), row_bytes, m.type_a},
-                                    named,
-                                    fires_below_zero,
-                                    out,
-                                    most_active});
+    program_.steps.push_back(
+        UpStep{x, norm(norm_ref, width(x)), gate, m, {rows.data(), row_bytes, m.type_a}, named, fires_below_zero, out});
     arrays_.push_back(nb::cast(rows));
   }
 
@@ -165,7 +157,7 @@ class ProgramBuilder {
 
   // neurons: codes of each column, then scales, then minima; form: as NeuronForm.
   void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons,
-            const std::tuple<bool, bool, bool, bool, int>& form, int most_active) {
+            const std::tuple<bool, bool, bool, bool, int>& form) {
     LinearStep linear = linear_step(x, {}, {projection}, residual, "");
     const Matrix& m = linear.projections[0].weight;
     const auto [is_nibble, is_half, has_minimum, is_halved, zero_point] = form;
@@ -184,7 +176,7 @@ class ProgramBuilder {
                               row_bytes,
                               block_bytes,
                               outputs};
-    program_.steps.push_back(DownStep{std::move(linear), matrix, most_active});
+    program_.steps.push_back(DownStep{std::move(linear), matrix});
     arrays_.push_back(nb::cast(neurons));
   }
 

@@ -53,6 +53,7 @@ Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_th
       counters_(program_.steps.size()) {
   while (select_ < program_.steps.size() && !std::holds_alternative<SelectStep>(program_.steps[select_])) select_++;
   measure();
+  for (const Step& step : program_.steps) most_active_.emplace_back().fill(has_neurons(step) ? 0 : -1);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // Walks a program's steps on a thread pool. One batch at a time; no allocation and no look-up on the way.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -55,6 +56,13 @@ class Executor {
   bool observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
                const std::function<bool()>& poll);
 
+  // How many neurons of an UpStep or DownStep may fire, in any of so many rows, that those are computed alone; at first
+  // 0. Nothing is set where there are no weights by neuron.
+  void set_most_active(size_t step, int num_rows, int most_active);
+
+  // Seconds of an UpStep or DownStep in which `num_active` neurons fire, and are computed alone or with all others.
+  double time_neurons(size_t step, int num_rows, int num_active, bool is_alone);
+
   // Reads every weight that a token needs, each thread a contiguous share of each matrix, and computes nothing.
   // Seconds.
   double read_weights();
@@ -63,6 +71,8 @@ class Executor {
   double busy_s() const { return busy_s_; }
 
   int num_threads() const { return pool_.num_threads(); }
+  // Of which neurons may be computed alone.
+  int few_rows() const { return std::min(kernels_.few_rows, program_.max_tokens); }
 
   // From here on threads write down what they do, at most `capacity` marks each.
   void start_log(size_t capacity) { log_ = std::make_unique<StepLog>(num_threads(), capacity); }
@@ -125,6 +135,7 @@ class Executor {
   bool is_sparse(int num_rows) const { return num_rows <= kernels_.few_rows; }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
+  int most_active(size_t step, int num_rows) const { return most_active_[step][static_cast<size_t>(num_rows - 1)]; }
   int find_firing(const UpStep& step, int num_rows, int thread);
   void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
   void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
@@ -150,8 +161,9 @@ class Executor {
   std::vector<float> partials_;
   BatchView batch_{};
   std::vector<int> positions_;
-  std::vector<uint8_t> trimmed_;  // whether each token's sequence is
-  size_t select_ = 0;             // index of the first SelectStep
+  std::vector<uint8_t> trimmed_;                           // whether each token's sequence is
+  std::vector<std::array<int, kMaxFewRows>> most_active_;  // by step and number of rows
+  size_t select_ = 0;                                      // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
   std::unique_ptr<StepLog> log_;  // null: nobody asked

@@ -76,7 +76,7 @@ struct GluStep {
   int out;
 };
 
-// Rows of a matrix, each in one piece, for those that fire.
+// Rows of a matrix, each in one piece, for those that fire; row_bytes 0: there are none.
 struct RowMatrix {
   const uint8_t* rows;
   size_t row_bytes;
@@ -91,8 +91,7 @@ struct NeuronMatrix {
   int outputs;                    // a multiple of 128
 };
 
-// Hidden values, activation(gate) * up: of those neurons whose gate fires, where at most `most_active` of few rows do;
-// else of all. Rows may be missing, where most_active is -1.
+// Hidden values, activation(gate) * up: of those neurons whose gate fires, where few do; else of all.
 struct UpStep {
   int x;
   Norm norm;
@@ -101,7 +100,7 @@ struct UpStep {
   RowMatrix rows;
   Activation activation;
   bool fires_below_zero;
-  int out, most_active;
+  int out;
 };
 
 // What is below a threshold becomes 0, in the rows of sequences that are trimmed.
@@ -112,11 +111,10 @@ struct TrimStep {
   float deviations;
 };
 
-// Down of those neurons whose code is not zero, where at most `most_active` of few rows are so; else of all.
+// Down of those neurons whose code is not zero, where few are so; else of all.
 struct DownStep {
   LinearStep linear;  // of one projection
   NeuronMatrix neurons;
-  int most_active;
 };
 
 struct AttentionStep {
@@ -141,6 +139,12 @@ struct SelectStep {
 
 using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, AttentionStep,
                           AddNormStep, SelectStep>;
+
+// Whether it has weights by neuron.
+inline bool has_neurons(const Step& step) {
+  const auto* up = std::get_if<UpStep>(&step);
+  return (up && up->rows.row_bytes) || std::holds_alternative<DownStep>(step);
+}
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
 struct KvPool {

@@ -74,7 +74,7 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   needs.add(w);
   QuantRows x;
   if (quantise(step.x, step.norm, w.columns, needs, index, thread, x)) return true;
-  if (is_sparse(num_rows) && count <= step.most_active) {
+  if (is_sparse(num_rows) && count <= most_active(index, num_rows)) {
     up_of(step, x, count, num_rows, thread);
     return false;
   }
@@ -144,6 +144,32 @@ void Executor::up_of(const UpStep& step, const QuantRows& x, int count, int num_
   }
 }
 
+void Executor::set_most_active(size_t step, int num_rows, int most_active) {
+  int& bound = most_active_[step][static_cast<size_t>(num_rows - 1)];
+  if (bound >= 0) bound = most_active;
+}
+
+double Executor::time_neurons(size_t step, int num_rows, int num_active, bool is_alone) {
+  const auto* up = std::get_if<UpStep>(&program_.steps[step]);
+  const auto* down = std::get_if<DownStep>(&program_.steps[step]);
+  const Buffer& firing = buffers_[up ? up->gate : down->linear.x];
+  for (int r = 0; r < num_rows; r++)
+    for (int i = 0; i < firing.width; i++) {
+      // spread evenly, and without a pattern: the same for all rows
+      const bool fires = static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u) * firing.width >> 32 < num_active;
+      firing.row(r)[i] = fires ? 1.0f + static_cast<float>(i % 7) : 0.0f;
+    }
+  if (up)
+    for (int r = 0; r < num_rows; r++) std::fill_n(buffers_[up->x].row(r), buffers_[up->x].width, 1.0f);
+  batch_.num_tokens = head_count_ = num_rows;
+  const int bound = most_active(step, num_rows);
+  set_most_active(step, num_rows, is_alone ? firing.width : -1);
+  const double before_s = busy_s_;
+  walk(step, step + 1, nullptr);
+  most_active_[step][static_cast<size_t>(num_rows - 1)] = bound;
+  return busy_s_ - before_s;
+}
+
 bool Executor::run_step(const TrimStep& step, size_t index, int thread) {
   const Buffer &x = buffers_[step.x], &out = buffers_[step.out];
   const int num_rows = rows_of(index), units = static_cast<int>(x.stride / 64);
@@ -172,7 +198,7 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
   bool is_sound = true;  // what is not a number must reach every output
   for (int i = 0; i < x.columns / kBlockColumns * num_rows; i++) is_sound &= x.scales[i] - x.scales[i] == 0.0f;
-  if (!is_sound || count_live(x, num_rows) > step.most_active) {
+  if (!is_sound || count_live(x, num_rows) > most_active(index, num_rows)) {
     multiply_linear(step.linear, x, index, thread);
   } else {
     down_of(step, x, num_rows, thread);

@@ -119,8 +119,8 @@ class _Assembly:
             isa = self._isa
             weights = self._packed()
             checkpoint.close()  # what the packed form holds is never read from the source
-            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
+            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
         tokenizer = build_tokenizer(checkpoint.tokenizer)
         store = open_store(self._options, checkpoint.identity, lowered, compiled, self._reporter.notice)
         engine_limits = EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._parallel)

@@ -1,6 +1,7 @@
 """Only the neurons that fire: the bits of the dense kernels, for every weight type, instruction set and share."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,23 +51,25 @@ def sketch_ffn(up: QuantType, down: QuantType, share: float, activation: Activat
     return sketch.finish(y)
 
 
-def check(up: QuantType, down: QuantType, share: float, activation: Activation) -> None:
+def check(
+    up: QuantType, down: QuantType, share: float, activation: Activation, most_active: tuple[float, ...] = (1.0,)
+) -> None:
     expected = sketch_ffn(up, down, share, activation, is_sparse=False).reference(chain(NUM_TOKENS, num_states=0))
     finished = sketch_ffn(up, down, share, activation, is_sparse=True)
     assert_equal(finished.reference(chain(NUM_TOKENS, num_states=0)), expected, "reference")
     for isa in ISAS:
-        for num_threads in (1, 2, 3):
-            compiled = finished.compile(isa, num_threads)
+        for num_threads, most in product((1, 2, 3), most_active):
+            compiled = finished.compile(isa, num_threads, most_active=most)
             for num_tokens in (1, 2, 3, 5, 8, NUM_TOKENS):
                 compiled.forward(chain(num_tokens, num_states=0))
-                what = f"{isa}, {num_threads} threads, {num_tokens} tokens"
+                what = f"{isa}, {num_threads} threads, {num_tokens} tokens, up to {most}"
                 assert_equal(compiled.logits(0, num_tokens), expected[:num_tokens], what)
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("activation", ZEROS)
 def test_any_share(activation: Activation, share: float) -> None:
-    check(QuantType.Q4_0, QuantType.Q4_0, share, activation)
+    check(QuantType.Q4_0, QuantType.Q4_0, share, activation, (1.0, 0.2, 0.0))
 
 
 @pytest.mark.parametrize("down", NEURON_TYPES)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm import _native
+from isotherm.backends.cpu.break_even import set_break_even
 from isotherm.backends.cpu.buffers import plan_buffers
 from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import neurons_name, pair_name, rows_name
@@ -28,18 +29,20 @@ T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
-_MOST_ACTIVE = 0.5  # share of neurons up to which those that fire are computed alone
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
 class CpuBackend:
     """Packed weights and a way to run them."""
 
-    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int) -> None:
-        """isa: as `choose_isa` gives it."""
+    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int, most_active: float | None = None) -> None:
+        """isa: as `choose_isa` gives it. most_active: share of neurons up to which those that fire are computed alone;
+        None: as measured here.
+        """
         self._weights = weights
         self._isa = isa
         self._num_threads = num_threads
+        self._most_active = most_active
 
     def compile(self, program: Program, limits: CpuLimits) -> "CompiledCpu":
         """`program` is lowered. Raises UnsupportedModel for a head size that the kernels cannot hold."""
@@ -47,6 +50,7 @@ class CpuBackend:
         compiler = _Compiler(builder, program, self._weights, limits)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)
+        set_break_even(executor, program, self._weights.entry, self._most_active)
         return CompiledCpu(executor, program, self._weights, compiler)
 
 
@@ -205,10 +209,8 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        rows, most = np.empty(0, np.uint8), -1
-        if op.by_rows:
-            rows, most = self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
-        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+        rows = self._weights.array(rows_name(op.weight)).view(np.uint8) if op.by_rows else np.empty(0, np.uint8)
+        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out])
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))
@@ -219,8 +221,8 @@ class _Compiler:
         assert form is not None
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         residual = at[op.residual] if op.residual else -1
-        neurons, most = self._weights.array(name).view(np.uint8), int(_MOST_ACTIVE * op.x.width)
-        self._builder.down(at[op.x], projection, residual, neurons, astuple(form), most)
+        neurons = self._weights.array(name).view(np.uint8)
+        self._builder.down(at[op.x], projection, residual, neurons, astuple(form))
 
     def _matrix(self, name: str) -> int:
         if name not in self._matrices:
