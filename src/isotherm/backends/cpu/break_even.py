@@ -1,8 +1,8 @@
 """Up to which share of neurons that fire they are computed alone: measured on this machine, while a model is loaded.
 
 Steps alike in kind, weight types and shape are measured once, for one row of a batch and for as many as there may be.
-What fires alone takes a + b * share; what is computed whole takes a time of its own: they meet at the break-even. Weights
-are read from several layers in turn, so that no cache gives them back.
+What fires alone takes a + b * share; what is computed whole takes a time of its own: they meet at the break-even.
+Weights are read from several layers in turn, so that no cache gives them back.
 """
 
 from collections import defaultdict
