@@ -244,6 +244,9 @@ void bind_executor(nb::module_& m) {
       .def("glu", &ProgramBuilder::glu)
       .def("up", &ProgramBuilder::up)
       .def("down", &ProgramBuilder::down)
+      .def("route", &ProgramBuilder::route)
+      .def("expert_glu", &ProgramBuilder::expert_glu)
+      .def("expert_down", &ProgramBuilder::expert_down)
       .def("attention", &ProgramBuilder::attention)
       .def("add_norm", &ProgramBuilder::add_norm)
       .def("select", &ProgramBuilder::select);

@@ -12,10 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from isotherm.errors import ModelFileError, UnsupportedModel
+from isotherm.formats.experts import (
+    EXPERT_TENSORS,
+    NEUTRAL_EXPERT_KEYS,
+    check_stack,
+    expert_ffn_size,
+    expert_shapes,
+    read_experts,
+)
 from isotherm.formats.gguf import GgufFile, GgufTensor
 from isotherm.formats.metadata import Metadata, quoted
 from isotherm.formats.tensor_source import InterleavedHeads, TensorSource
-from isotherm.types import Activation, ModelConfig, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 MAX_LAYERS = 1 << 10
 MAX_HIDDEN_SIZE = 1 << 17
@@ -45,9 +53,9 @@ _LAYER_TENSORS = {
     "down": "ffn_down.weight",
 }
 _BIAS_TENSORS = {"q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias"}
+_HEAD_NORM_TENSORS = {"q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight"}
 _GEMMA_TENSORS = {
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
+    **_HEAD_NORM_TENSORS,
     "post_attn_norm": "post_attention_norm.weight",
     "post_ffn_norm": "post_ffw_norm.weight",
 }
@@ -67,7 +75,7 @@ _OPT_GLOBAL_TENSORS = {"positions": _POSITIONS, "final_norm_bias": "output_norm.
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture of GGUF maps to canonical names; `qkv_bias` None: as the file has it."""
+    """How one architecture of GGUF maps to canonical names; `qkv_bias`, `has_experts` None: as the file has it."""
 
     layer_tensors: Mapping[str, str]
     global_tensors: Mapping[str, str] = field(default_factory=dict)  # beside those that all have
@@ -78,18 +86,27 @@ class Family:
     interleaved_rope: bool = False
     rope_factors: bool = False  # may bring rope_freqs.weight
     sliding_window: bool = False
+    has_experts: bool | None = False
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LAYER_TENSORS, qkv_bias=None, interleaved_rope=True, rope_factors=True, may_name_activation=True),
+    "llama": Family(
+        _LAYER_TENSORS,
+        qkv_bias=None,
+        interleaved_rope=True,
+        rope_factors=True,
+        may_name_activation=True,
+        has_experts=None,
+    ),
     "qwen2": Family(_LAYER_TENSORS, qkv_bias=True),
+    "qwen3": Family(_LAYER_TENSORS | _HEAD_NORM_TENSORS),
+    "qwen3moe": Family(_LAYER_TENSORS | _HEAD_NORM_TENSORS, has_experts=True),
     "gemma3": Family(_LAYER_TENSORS | _GEMMA_TENSORS, sliding_window=True),
     "opt": Family(_OPT_TENSORS, _OPT_GLOBAL_TENSORS, eps_key="layer_norm_epsilon", has_rope=False),
 }
 
 # Keys that change the arithmetic, by the values at which they do not.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
-    "expert_count": (0,),
     "final_logit_softcapping": (0,),
     "attn_logit_softcapping": (0,),
     "logit_scale": (0, 1),
@@ -132,7 +149,8 @@ def read_config(file: GgufFile) -> ModelConfig:
     num_layers = metadata.integer(f"{name}.block_count", low=1, high=MAX_LAYERS)
     head_dim = _head_dim(metadata, name, hidden_size, num_heads)
     context_tokens = metadata.integer(f"{name}.context_length", low=1, high=MAX_CONTEXT_TOKENS)
-    _refuse_variants(metadata, name)
+    experts = read_experts(file, name, family.has_experts)
+    _refuse_variants(metadata, name, _NEUTRAL | (NEUTRAL_EXPERT_KEYS if experts else {}))
     rope = _rope(file, name, head_dim) if family.has_rope else None
     window = metadata.integer(f"{name}.attention.sliding_window", low=0, high=MAX_CONTEXT_TOKENS, default=0)
     if window and not family.sliding_window and window < context_tokens:
@@ -143,7 +161,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         name=_display_name(metadata),
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_size=metadata.uniform_integer(f"{name}.feed_forward_length", low=1, high=MAX_FFN_SIZE),
+        ffn_size=_ffn_size(metadata, name, experts),
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(metadata, name, num_heads),
         head_dim=head_dim,
@@ -159,6 +177,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         local_rope=_local_rope(metadata, name, rope.dims) if is_windowed and rope else None,
         global_every=_global_every(metadata, name) if is_windowed else None,
         first_position_row=0 if family.has_rope else _first_position_row(file, context_tokens),
+        experts=experts,
     )
 
 
@@ -172,6 +191,8 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, TensorSource]
     global_tensors = {**_GLOBAL_TENSORS, **family.global_tensors}
     names = {canonical: stored for canonical, stored in global_tensors.items() if canonical in shapes}
     layer_tensors = {**family.layer_tensors, **(_BIAS_TENSORS if config.qkv_bias else {})}
+    if config.experts:
+        layer_tensors |= EXPERT_TENSORS
     for layer in range(config.num_layers):
         names |= {f"layers.{layer}.{suffix}": f"blk.{layer}.{stored}" for suffix, stored in layer_tensors.items()}
     order = InterleavedHeads(config.head_dim, config.rope.dims) if family.interleaved_rope and config.rope else None
@@ -179,7 +200,10 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, TensorSource]
     for canonical, stored in names.items():
         tensor = _tensor(file, stored)
         suffix = canonical.rpartition(".")[2]
-        _check_shape(file.path, tensor, shapes[suffix])
+        if config.experts and suffix in ("gate", "up", "down"):
+            check_stack(file, tensor, config.experts, shapes[suffix])
+        else:
+            _check_shape(file.path, tensor, shapes[suffix])
         is_rotated = suffix in ("q", "k", "q_bias", "k_bias")
         sources[canonical] = TensorSource(
             canonical, tensor.quant_type, shapes[suffix], tensor, order if is_rotated else None
@@ -219,6 +243,8 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
     shapes |= dict.fromkeys(("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm"), (1, hidden))
     shapes |= dict.fromkeys(("attn_norm_bias", "ffn_norm_bias", "final_norm_bias", "o_bias", "down_bias"), (1, hidden))
+    if config.experts:
+        shapes |= expert_shapes(config.experts, hidden, ffn)
     if config.tied_head:
         del shapes["head"]
     return shapes
@@ -265,11 +291,16 @@ def _num_kv_heads(metadata: Metadata, name: str, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _refuse_variants(metadata: Metadata, name: str) -> None:
-    for suffix, neutral in _NEUTRAL.items():
+def _refuse_variants(metadata: Metadata, name: str, neutral_keys: Mapping[str, tuple[float, ...]]) -> None:
+    for suffix, neutral in neutral_keys.items():
         value = metadata.values.get(f"{name}.{suffix}", neutral[0])
         if not isinstance(value, bool | int | float) or value not in neutral:
             raise UnsupportedModel(f"{metadata.path}: {name}.{suffix} is {quoted(value)}, which is not supported")
+
+
+def _ffn_size(metadata: Metadata, name: str, experts: Experts | None) -> int:
+    own = expert_ffn_size(metadata, name, MAX_FFN_SIZE) if experts else None
+    return own or metadata.uniform_integer(f"{name}.feed_forward_length", low=1, high=MAX_FFN_SIZE)
 
 
 def _attention_scale(metadata: Metadata, name: str, num_layers: int, hidden_per_head: float) -> float | None:
