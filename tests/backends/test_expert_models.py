@@ -1,4 +1,4 @@
-"""Whole models of experts: one answer for any threads, chunks, batch, pages and instruction set; through the door too."""
+"""Whole models of experts: one answer for any threads, chunks, batch, pages and instruction set; through the door."""
 
 from itertools import pairwise
 from pathlib import Path

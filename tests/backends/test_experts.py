@@ -1,4 +1,4 @@
-"""Ops of experts, native against the contract in NumPy, and both against plainer ways: equal, on every instruction set."""
+"""Ops of experts, native against the contract in NumPy and against dense ops: equal, on every instruction set."""
 
 import numpy as np
 import pytest
@@ -104,9 +104,7 @@ class Layer:
         self.logits = self.sketch.input(logits)
         gate, up, down = types
         rows = experts.num_experts * self.ffn_size
-        self.gate, self.up = (
-            self.sketch.matrix(name, t, rows, self.width) for name, t in (("gate", gate), ("up", up))
-        )
+        self.gate, self.up = (self.sketch.matrix(name, t, rows, self.width) for name, t in (("gate", gate), ("up", up)))
         self.down = self.sketch.matrix("down", down, experts.num_experts * self.width, self.ffn_size)
         self.norm = NormWeights(self.sketch.vector("norm", self.width), 1e-5)
 

@@ -13,6 +13,7 @@ import pytest
 
 import isotherm
 from isotherm.formats.checkpoint import open_checkpoint
+from isotherm.program import ops
 
 ROOT = Path(__file__).parents[2]
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -27,8 +28,8 @@ def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def write_synthetic(path: Path, type_name: str) -> Path:
-    run = run_script("synthetic.py", path, "--shape", "tiny", "--type", type_name)
+def write_synthetic(path: Path, type_name: str, shape: str = "tiny") -> Path:
+    run = run_script("synthetic.py", path, "--shape", shape, "--type", type_name)
     assert run.returncode == 0, run.stderr
     return path
 
@@ -47,6 +48,23 @@ def test_a_synthetic_model_has_sane_weights_and_opens(tmp_path: Path, type_name:
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.quantization.startswith(type_name)
         assert checkpoint.config.vocab_size == 512
+
+
+@pytest.mark.parametrize("shape", ["tiny-mixtral", "tiny-qwen3moe"])
+def test_synthetic_experts_are_all_used(tmp_path: Path, shape: str) -> None:
+    path = write_synthetic(tmp_path / "synthetic.gguf", "Q4_K", shape)
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert 0.7 < values.std() * math.sqrt(values.shape[-1]) < 1.2, tensor.name
+    with isotherm.load(path, threads=1, cache_bytes=0) as model:
+        experts = model.facts.config.experts
+        assert experts is not None
+        assert experts.num_used < experts.num_experts
+        routes = [op.out for op in model.program.ops if isinstance(op, ops.Route)]
+        chosen: list[int] = []
+        model.observe(list(range(200)), set(routes), lambda _, rows: chosen.extend(rows[:, : experts.num_used].flat))
+        assert set(chosen) == set(range(experts.num_experts))
 
 
 def test_a_synthetic_model_runs_and_takes_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

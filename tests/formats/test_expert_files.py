@@ -97,9 +97,7 @@ def test_dense_models_have_no_experts(tmp_path: Path) -> None:
         ({"llama.leading_dense_block_count": 1}, UnsupportedModel, "leading_dense_block_count is 1"),
     ],
 )
-def test_numbers_that_do_not_fit(
-    tmp_path: Path, metadata: dict[str, Any], error: type[Exception], says: str
-) -> None:
+def test_numbers_that_do_not_fit(tmp_path: Path, metadata: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         open_checkpoint(write_mixtral(tmp_path, metadata=metadata))
 

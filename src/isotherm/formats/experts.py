@@ -47,8 +47,8 @@ def read_experts(file: GgufFile, name: str, has_experts: bool | None) -> Experts
         raise UnsupportedModel(f"{metadata.path}: a mixture of one expert is not supported")
     if f"blk.0.{_ONE_EXPERT}" in file.tensors:
         raise UnsupportedModel(
-            f"{metadata.path}: keeps each expert in a tensor of its own ({_ONE_EXPERT}), as converters did before April "
-            "2024; take a newer file of the model"
+            f"{metadata.path}: keeps each expert in a tensor of its own ({_ONE_EXPERT}), as converters did before "
+            "April 2024; take a newer file of the model"
         )
     most_used = min(num_experts, MAX_EXPERTS_USED)
     return Experts(num_experts, metadata.integer(f"{name}.expert_used_count", low=1, high=most_used))

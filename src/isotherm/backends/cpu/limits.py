@@ -8,8 +8,7 @@ from isotherm.facts import MemoryForecast
 from isotherm.program import ops
 from isotherm.program.recorder import Program
 
-
-MOST_BUNDLE_ROWS = 6  # of any instruction set: an expert's last bundle of rows may be short
+_MOST_BUNDLE_ROWS = 6  # of any instruction set: an expert's last bundle of rows may be short
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     gathered = [0]  # inputs of experts that a batch has
     for op in program.ops:
         if isinstance(op, ops.ExpertGlu | ops.ExpertDown):
-            gathered.append(rows * op.experts.num_used + MOST_BUNDLE_ROWS * op.experts.num_experts)
+            gathered.append(rows * op.experts.num_used + _MOST_BUNDLE_ROWS * op.experts.num_experts)
             width = op.x.width if isinstance(op, ops.ExpertGlu) else op.x.width // op.experts.num_used
             inputs.append(gathered[-1] * width)
     ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention) and op.rope}

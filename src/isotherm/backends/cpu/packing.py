@@ -64,9 +64,7 @@ def token_ops(program: Program, entries: Sequence[EntrySpec]) -> int:
     unread = {EntryKind.VECTOR, *BY_NEURON}
     in_layers = [spec for spec in entries if spec.kind not in unread and "." in spec.name]
     experts = expert_weights(program)
-    return sum(
-        _used(2 * spec.shape[0] * spec.shape[1] * len(spec.types), experts.get(spec.name)) for spec in in_layers
-    )
+    return sum(_used(2 * spec.shape[0] * spec.shape[1] * len(spec.types), experts.get(spec.name)) for spec in in_layers)
 
 
 def expert_weights(program: Program) -> dict[str, Experts]:

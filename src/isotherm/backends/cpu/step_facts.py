@@ -94,7 +94,6 @@ class _Description:
             is_int8=not any(quant_type.is_float for entry in entries for quant_type in entry.types),
         )
 
-
     def _experts(self, kind: str, name: str, experts: Experts) -> StepFacts:
         facts = self._matmul(kind, [name])
         row_ops = facts.row_ops // experts.num_experts * experts.num_used
