@@ -98,7 +98,7 @@ def random_blocks(quant_type: QuantType, shape: tuple[int, int], seed: object = 
 def write_tensor(
     writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], quant_type: QuantType, seed: int = 0
 ) -> None:
-    """Add a random tensor: matrices and stacks of them in `quant_type`, vectors (norms, biases, rope factors) in F32."""
+    """Add a random tensor: matrices, or stacks of them, in `quant_type`, vectors (norms, biases, factors) in F32."""
     if len(shape) > 1:
         *stack, columns = shape
         assert columns % quant_type.block_elements == 0, f"{name} {shape} does not fit {quant_type.value}"

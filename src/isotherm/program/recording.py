@@ -34,8 +34,8 @@ class StepFacts:
     """One step of a compiled program, and what it costs.
 
     weight_bytes are read once by a walk, row_bytes by each row, position_bytes (keys and values) for each position that
-    attention sees; a multiply-add is two operations. Where there are experts, weight_bytes are those of all of them, and a
-    walk reads as many as its rows may choose.
+    attention sees; a multiply-add is two operations. Where there are experts, weight_bytes are those of all of them,
+    and a walk reads as many as its rows may choose.
     """
 
     kind: str
