@@ -1,5 +1,5 @@
-"""Writes a GGUF of random weights in the shape of a llama, Mixtral or Qwen3-MoE: right for speed and memory, never for
-quality.
+"""Writes a GGUF of random weights, shaped like a llama, Mixtral, Qwen3-MoE or falcon: right for speed and memory, never
+for quality.
 
     python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
     python benchmarks/synthetic.py --shape mixtral --type Q4_K --layers 8 mixtral.gguf
@@ -35,7 +35,7 @@ class Shape:
     num_experts: int = 0  # ffn_size is that of one of them
     num_experts_used: int = 0
     wide_head_dim: int | None = None  # where heads do not fill the hidden size
-    architecture: str = "llama"
+    family: str = "llama"  # or qwen3moe; or falcon, like the 7B: one norm a layer
 
     @property
     def head_dim(self) -> int:
@@ -50,8 +50,10 @@ SHAPES = {
     "13b": Shape(40, 5120, 13824, 40, 40),
     "tiny-mixtral": Shape(2, 256, 512, 4, 2, vocab_size=512, context_tokens=512, num_experts=4, num_experts_used=2),
     "mixtral": Shape(32, 4096, 14336, 32, 8, num_experts=8, num_experts_used=2),  # 8x7B
-    "tiny-qwen3moe": Shape(2, 256, 256, 4, 2, 512, 512, 16, 4, wide_head_dim=128, architecture="qwen3moe"),
-    "qwen3-30b-a3b": Shape(48, 2048, 768, 32, 4, 151936, 40960, 128, 8, wide_head_dim=128, architecture="qwen3moe"),
+    "tiny-qwen3moe": Shape(2, 256, 256, 4, 2, 512, 512, 16, 4, wide_head_dim=128, family="qwen3moe"),
+    "qwen3-30b-a3b": Shape(48, 2048, 768, 32, 4, 151936, 40960, 128, 8, wide_head_dim=128, family="qwen3moe"),
+    "falcon-tiny": Shape(2, 256, 1024, 4, 1, vocab_size=512, context_tokens=512, family="falcon"),
+    "falcon-7b": Shape(32, 4544, 18176, 71, 1, vocab_size=65024, context_tokens=2048, family="falcon"),
 }
 
 
@@ -123,7 +125,7 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
     quant_type = gguf.GGMLQuantizationType[type_name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, shape.architecture)
+    writer = gguf.GGUFWriter(path, shape.family)
     _add_metadata(writer, shape, type_name)
     if planted:
         writer.add_string("isotherm.activation", planted.activation)
@@ -166,26 +168,32 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     """GGUF names with rows and columns, in the order of the file."""
     hidden, q_rows, kv_rows = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,),
-        "attn_q": (q_rows, hidden),
-        "attn_k": (kv_rows, hidden),
-        "attn_v": (kv_rows, hidden),
-        "attn_output": (hidden, q_rows),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (shape.ffn_size, hidden),
-        "ffn_up": (shape.ffn_size, hidden),
-        "ffn_down": (hidden, shape.ffn_size),
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (q_rows, hidden),
+        "attn_k.weight": (kv_rows, hidden),
+        "attn_v.weight": (kv_rows, hidden),
+        "attn_output.weight": (hidden, q_rows),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (shape.ffn_size, hidden),
+        "ffn_up.weight": (shape.ffn_size, hidden),
+        "ffn_down.weight": (hidden, shape.ffn_size),
     }
+    last: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
     if shape.num_experts:
-        layer["ffn_gate_inp"] = (shape.num_experts, hidden)
+        layer["ffn_gate_inp.weight"] = (shape.num_experts, hidden)
         for part in ("ffn_gate", "ffn_up", "ffn_down"):
-            layer[f"{part}_exps"] = (shape.num_experts, *layer.pop(part))
-    if shape.architecture == "qwen3moe":
-        layer |= {"attn_q_norm": (shape.head_dim,), "attn_k_norm": (shape.head_dim,)}
+            layer[f"{part}_exps.weight"] = (shape.num_experts, *layer.pop(f"{part}.weight"))
+    if shape.family == "qwen3moe":
+        layer |= {"attn_q_norm.weight": (shape.head_dim,), "attn_k_norm.weight": (shape.head_dim,)}
+    if shape.family == "falcon":
+        kept = ("attn_norm.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+        layer = {"attn_norm.bias": (hidden,), **{name: layer[name] for name in kept}}
+        layer["attn_qkv.weight"] = (q_rows + 2 * kv_rows, hidden)
+        last["output_norm.bias"] = (hidden,)
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab_size, hidden)}
     for index in range(shape.num_layers):
-        tensors |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
-    return tensors | {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+        tensors |= {f"blk.{index}.{name}": dims for name, dims in layer.items()}
+    return tensors | last
 
 
 def _is_router(name: str) -> bool:
@@ -193,8 +201,10 @@ def _is_router(name: str) -> bool:
 
 
 def _vector(name: str, size: int, planted: Planted | None) -> Iterator[NDArray[np.float32]]:
-    """Norms. Planted ones keep attention small, and channel 0 as large before the gates as `Planted.bias_step` says."""
-    values = np.ones(size, np.float32)
+    """Norms; their biases are 0. Planted ones keep attention small, and channel 0 as large before the gates as
+    `Planted.bias_step` says.
+    """
+    values = np.full(size, 0 if name.endswith(".bias") else 1, np.float32)
     if planted and name.endswith("attn_norm.weight"):
         values *= 0.1
     if planted and name.endswith("ffn_norm.weight"):
@@ -288,14 +298,17 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if shape.family == "falcon":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
     if shape.wide_head_dim:
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)
     if shape.num_experts:
         writer.add_expert_count(shape.num_experts)
         writer.add_expert_used_count(shape.num_experts_used)
-    if shape.architecture == "qwen3moe":
+    if shape.family == "qwen3moe":
         writer.add_expert_feed_forward_length(shape.ffn_size)
     writer.add_vocab_size(shape.vocab_size)
 
@@ -348,8 +361,8 @@ def main() -> None:
     planted = Planted(options.activation, options.active) if options.activation else None
     if planted and options.type_name != "Q4_0":
         parser.error("--activation is for --type Q4_0")
-    if planted and shape.num_experts:
-        parser.error("--activation is for shapes without experts")
+    if planted and (shape.family != "llama" or shape.num_experts):
+        parser.error("--activation is for shapes of llamas without experts: it plants by the gate")
     write_synthetic(options.path, shape, options.type_name, options.seed, planted)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "opt")
+FAMILIES = ("llama", "bamboo", "qwen2", "qwen3", "qwen3moe", "gemma3", "opt", "falcon")
 
 _TEXT_MERGES = "Ġ t|h e|i n|Ġ a|o n|r e|e r|n d|Ġt he|a n|i s|o u|Ġ w|in g|Ġa nd|l l|o r|Ġ s|Ġ o|he r"
 _PIECES = "▁t|he|in|▁a|on|re|er|nd|▁the|an|is|ou|▁w|ing|▁and|ll|or|▁s|▁o|▁th|and|▁▁|▁in|▁is"
@@ -43,6 +43,7 @@ class TinySizes:
     rope_scaling: float = 1.0  # linear
     num_experts: int = 0  # llama: as Mixtral; qwen3moe has 6 where this is 0
     num_experts_used: int = 2
+    shared_norm: bool = False  # falcon: one norm a layer, as in the 7B; else two, as in the 40B
     seed: int = 0
 
 
@@ -158,10 +159,11 @@ def _model_metadata(family: str, size: TinySizes, quant_type: QuantType) -> dict
     }
     if family == "opt":
         return values | {"opt.attention.layer_norm_epsilon": 1e-5}
+    eps_key = "layer_norm_epsilon" if family == "falcon" else "layer_norm_rms_epsilon"
     values |= {
-        f"{family}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{family}.attention.{eps_key}": 1e-6,
         f"{family}.rope.dimension_count": size.head_dim,
-        f"{family}.rope.freq_base": 10000.0 if family == "llama" else 1000000.0,
+        f"{family}.rope.freq_base": 10000.0 if family in ("llama", "bamboo", "falcon") else 1000000.0,
     }
     if size.num_experts:
         values |= {f"{family}.expert_count": size.num_experts, f"{family}.expert_used_count": size.num_experts_used}
@@ -227,12 +229,18 @@ def _tensor_shapes(family: str, size: TinySizes) -> dict[str, tuple[int, ...]]:
             layer[f"ffn_{part}_exps.weight"] = (size.num_experts, *layer.pop(f"ffn_{part}.weight"))
     if family == "gemma3":
         layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if family == "falcon":
+        layer = {name: layer[name] for name in ("attn_output.weight", "ffn_up.weight", "ffn_down.weight")}
+        layer |= {"attn_qkv.weight": (q_rows + 2 * kv_rows, hidden)}
+        norms = ("attn_norm",) if size.shared_norm else ("attn_norm", "attn_norm_2")
+        layer |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
     if family == "opt":
         del layer["ffn_gate.weight"]
         layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (size.vocab_size, hidden)}
     if family == "opt":
         shapes["position_embd.weight"] = (size.context_tokens + 2, hidden)
+    if family in ("opt", "falcon"):
         shapes["output_norm.bias"] = (hidden,)
     for index in range(size.num_layers):
         shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}

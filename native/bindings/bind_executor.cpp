@@ -27,7 +27,7 @@ class BoundExecutor {
         limits_(builder),
         executor_(std::move(builder.program_), table(isa), num_threads) {}
 
-  using Sequences = std::vector<std::tuple<int, int, std::vector<Ints>>>;  // num_new, num_cached, pages by state group
+  using Sequences = std::vector<std::tuple<int, int, std::vector<Ints>, bool>>;  // see Sequence in batch.py
 
   bool run(Ints token_ids, const Sequences& sequences, Ints logit_rows) {
     const BatchView batch = view(token_ids, sequences, logit_rows);
@@ -149,10 +149,10 @@ class BoundExecutor {
     require_range(logit_rows, 0, num_tokens, "logit rows");
     BatchView batch{token_ids.data(), num_tokens, {}, nullptr, static_cast<int>(logit_rows.size())};
     int start = 0;
-    for (const auto& [num_new, num_cached, tables] : sequences) {
+    for (const auto& [num_new, num_cached, tables, is_trimmed] : sequences) {
       require(num_new > 0 && num_cached >= 0 && num_cached <= limits_.num_positions - num_new, "length of a sequence");
       require(tables.size() == limits_.pools.size(), "a page table per state group");
-      SequenceView view{start, num_new, num_cached, {}};
+      SequenceView view{start, num_new, num_cached, {}, is_trimmed};
       for (size_t i = 0; i < tables.size(); i++) {
         check_pages(tables[i], limits_.pools[i], num_cached, num_cached + num_new);
         view.page_tables.push_back(tables[i].data());
@@ -243,6 +243,7 @@ void bind_executor(nb::module_& m) {
       .def("linear", &ProgramBuilder::linear)
       .def("glu", &ProgramBuilder::glu)
       .def("up", &ProgramBuilder::up)
+      .def("trim", &ProgramBuilder::trim)
       .def("down", &ProgramBuilder::down)
       .def("route", &ProgramBuilder::route)
       .def("expert_glu", &ProgramBuilder::expert_glu)

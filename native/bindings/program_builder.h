@@ -135,38 +135,50 @@ class ProgramBuilder {
     program_.steps.push_back(glu_step(x, norm_ref, matrix, activation, out));
   }
 
-  // activation(gate) * up, of neurons that fire; rows: of the matrix, each in one piece.
+  // activation(gate) * up, of neurons that fire; rows: of the matrix, each in one piece; none: all are computed.
   void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out,
           int most_active) {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
     const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
-    require(row_bytes > 0 && rows.size() % static_cast<size_t>(m.rows) == 0, "up: rows");
+    require(rows.size() % static_cast<size_t>(m.rows) == 0 && (row_bytes > 0 || most_active < 0), "up: rows");
+    const Activation named = activation_named(activation);
+    const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
     program_.steps.push_back(UpStep{x,
                                     norm(norm_ref, width(x)),
                                     gate,
                                     m,
                                     {rows.data(), row_bytes, m.type_a},
-                                    activation_named(activation),
+                                    named,
+                                    fires_below_zero,
                                     out,
                                     most_active});
     arrays_.push_back(nb::cast(rows));
   }
 
-  // neurons: codes of each column, then scales, then minima; form: (is_nibble, is_half, has_minimum, zero_point).
+  // thresholds: a vector by column, or -1: each row's own, by its mean and deviations.
+  void trim(int x, const std::string& activation, int thresholds, float deviations, int out) {
+    require(width(x) == width(out), "trim: shapes");
+    require(thresholds < 0 || vectors_.at(thresholds).size() >= static_cast<size_t>(width(x)), "trim: thresholds");
+    program_.steps.push_back(TrimStep{x, out, activation_named(activation),
+                                      thresholds < 0 ? nullptr : vectors_[thresholds].data(), deviations});
+  }
+
+  // neurons: codes of each column, then scales, then minima; form: as NeuronForm.
   void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons,
-            const std::tuple<bool, bool, bool, int>& form, int most_active) {
+            const std::tuple<bool, bool, bool, bool, int>& form, int most_active) {
     LinearStep linear = linear_step(x, {}, {projection}, residual, "");
     const Matrix& m = linear.projections[0].weight;
-    const auto [is_nibble, is_half, has_minimum, zero_point] = form;
+    const auto [is_nibble, is_half, has_minimum, is_halved, zero_point] = form;
+    require(!is_halved || !is_half, "down: scales of halves are float32");
     const int outputs = (m.rows + 127) / 128 * 128, blocks = (m.columns + kBlockColumns - 1) / kBlockColumns;
     const size_t row_bytes = static_cast<size_t>(is_nibble ? outputs / 2 : outputs),
-                 block_bytes = static_cast<size_t>(outputs) * (is_half ? 2 : 4),
+                 block_bytes = static_cast<size_t>(outputs) * (is_half ? 2 : 4) * (is_halved ? 2 : 1),
                  code_bytes = row_bytes * static_cast<size_t>(m.columns),
                  plane_bytes = block_bytes * static_cast<size_t>(blocks);
     require(neurons.size() == code_bytes + plane_bytes * (has_minimum ? 2 : 1), "down: neurons");
     const uint8_t* scales = neurons.data() + code_bytes;
-    const NeuronMatrix matrix{{is_nibble, is_half, has_minimum, zero_point},
+    const NeuronMatrix matrix{{is_nibble, is_half, has_minimum, is_halved, zero_point},
                               neurons.data(),
                               scales,
                               scales + plane_bytes,

@@ -134,9 +134,29 @@ void finish_linear(const float* totals, const float* bias, Activation activation
 
 void finish_glu(const float* totals, Activation activation, float* out) {
   const F gate = activate(load(totals), activation), up = load(totals + kTileRows);
-  if (activation == Activation::kSilu || activation == Activation::kGeluTanh) return store(out, gate * up);
   // a neuron that does not fire is 0, whatever its up is
   store(out, zero_where_zero(gate, gate * (activation == Activation::kDrelu ? positive(up) : up)));
+}
+
+// The threshold of a row by its own magnitudes.
+VEC float own_threshold(const TrimArgs& args) {
+  F sums = splat(0.0f), squares = splat(0.0f);
+  for (int i = 0; i < args.columns; i += 16) {
+    const F magnitude = abs(activate(load(args.x + i), args.activation));
+    sums = sums + magnitude;
+    squares = fma(magnitude, magnitude, squares);
+  }
+  const auto n = static_cast<float>(args.columns);
+  const float mean = sum(sums) / n, variance = sum(squares) / n - mean * mean;
+  return __builtin_fmaf(__builtin_sqrtf(variance < 0.0f ? 0.0f : variance), args.deviations, mean);
+}
+
+void trim(const TrimArgs& args) {
+  const float own = args.thresholds ? 0.0f : own_threshold(args);
+  for (int i = args.first; i < args.last; i += 16) {
+    const F x = load(args.x + i), magnitude = abs(activate(x, args.activation));
+    store(args.out + i, zero_where_less(magnitude, args.thresholds ? load(args.thresholds + i) : splat(own), x));
+  }
 }
 
 void rope(const RopeArgs& args, float* head) {

@@ -86,6 +86,7 @@ struct NeuronForm {
   bool is_nibble;  // else a byte a code
   bool is_half;    // scales and minima are float16, else float32
   bool has_minimum;
+  bool is_halved;  // each half of a block has its own scale and minimum, as float32
   int zero_point;
 };
 
@@ -95,14 +96,27 @@ struct NeuronsArgs {
   const uint8_t* codes;
   size_t row_bytes;  // of one column
   const int32_t* ids;
-  const int8_t* activations;  // [num_quads][4], the last quad padded with zeros
-  int num_quads;
-  const int32_t* next;  // columns that are read soon
+  const int8_t* activations;  // [ends[1]][4], the last quad of a half padded with zeros
+  int ends[2];                // of the quads of each half; where scales are of the block, of all
+  const int32_t* next;        // columns that are read soon
   int num_next;
-  const uint8_t *scales, *minima;  // of the block, by output
-  float sum, scale;                // of the block's activation codes
+  const uint8_t *scales, *minima;  // of the block, by output; of its second half `plane_bytes` behind
+  size_t plane_bytes, next_block;  // those of the block of `next` are so many bytes behind
+  float sums[2], scale;            // of the activation codes of each half, or of the block
   int first_output, end_output;    // multiples of 128
   float* y;                        // [outputs]
+};
+
+// Columns [first, last), multiples of 16, of a row of `columns`: 0 where the magnitude of activation(x) is below the
+// threshold of its column or, where those are null, below mean + deviations * standard deviation of the row's.
+struct TrimArgs {
+  const float* x;
+  int columns;
+  Activation activation;
+  const float* thresholds;  // padded to 64
+  float deviations;
+  int first, last;
+  float* out;
 };
 
 // What the experts of a row say, 32 columns of it: out = sum over ranks of weights[rank] * totals[places[rank]], then
@@ -178,7 +192,8 @@ struct KernelTable {
   // out[i] = activation(totals[i] + bias) + residual over 32 columns; bias and residual may be null
   void (*finish_linear)(const float* totals, const float* bias, Activation activation, const float* residual,
                         float* out);
-  // out[i] = activation(totals[i]) * totals[16 + i] over 16 columns
+  void (*trim)(const TrimArgs& args);
+  // out[i] = activation(totals[i]) * totals[16 + i] over 16 columns; 0 where the first is
   void (*finish_glu)(const float* totals, Activation activation, float* out);
   void (*embed_row)(const uint8_t* panel, WeightType type, int lane, int columns, float scale, float* out);
   // Norms and rotates one head in place.

@@ -41,6 +41,10 @@ VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
   return {_mm256_and_ps(_mm256_cmp_ps(mask.a, zero, _CMP_NEQ_UQ), x.a),
           _mm256_and_ps(_mm256_cmp_ps(mask.b, zero, _CMP_NEQ_UQ), x.b)};
 }
+VEC F zero_where_less(F a, F b, F x) {  // 0 in the lanes in which a < b
+  return {_mm256_and_ps(_mm256_cmp_ps(a.a, b.a, _CMP_NLT_UQ), x.a),
+          _mm256_and_ps(_mm256_cmp_ps(a.b, b.b, _CMP_NLT_UQ), x.b)};
+}
 VEC F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};

@@ -37,6 +37,9 @@ VEC F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mask.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), x.v)};
 }
+VEC F zero_where_less(F a, F b, F x) {  // 0 in the lanes in which a < b
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)};
+}
 VEC F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 VEC F rint(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 VEC F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }

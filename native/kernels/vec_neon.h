@@ -61,6 +61,9 @@ VEC F min(F a, F b) {
 VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
   return each<F>([&](int i) { return vbslq_f32(vceqzq_f32(mask.v[i]), vdupq_n_f32(0.0f), x.v[i]); });
 }
+VEC F zero_where_less(F a, F b, F x) {  // 0 in the lanes in which a < b
+  return each<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), vdupq_n_f32(0.0f), x.v[i]); });
+}
 VEC F abs(F a) {
   return each<F>([&](int i) { return vabsq_f32(a.v[i]); });
 }

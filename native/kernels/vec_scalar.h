@@ -61,6 +61,9 @@ VEC F min(F a, F b) {
 VEC F zero_where_zero(F mask, F x) {  // 0 in the lanes in which mask is 0
   return each<F>([&](int i) { return mask.v[i] == 0.0f ? 0.0f : x.v[i]; });
 }
+VEC F zero_where_less(F a, F b, F x) {  // 0 in the lanes in which a < b
+  return each<F>([&](int i) { return a.v[i] < b.v[i] ? 0.0f : x.v[i]; });
+}
 VEC F abs(F a) {
   return each<F>([&](int i) { return std::fabs(a.v[i]); });
 }

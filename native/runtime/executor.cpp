@@ -75,7 +75,7 @@ QuantRows Executor::make_rows(size_t elements, const InputNeeds& needs) {
 
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
-  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 2 * kBlockColumns, outputs = 1;
+  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 1, outputs = 1;
   size_t members = 0, places = 0, experts = 0, few_elements = 0, many_elements = 0;
   const size_t rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
   InputNeeds needs;
@@ -125,7 +125,6 @@ void Executor::measure() {
     worker.totals = allocate<float>(std::max(rows, places) * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
     worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
-    worker.activations = allocate<int8_t>(2 * kBlockColumns);
     worker.sums = allocate<float>(static_cast<size_t>(outputs));
     worker.groups = {allocate<ExpertGroup>(std::min(members, experts)), 0, allocate<int32_t>(members),
                      allocate<int32_t>(places), allocate<int32_t>(experts)};
@@ -162,8 +161,12 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
 void Executor::begin(const BatchView& batch) {
   batch_ = batch;
   positions_.clear();
+  trimmed_.clear();
   for (const SequenceView& s : batch_.sequences)
-    for (int i = 0; i < s.num_new; i++) positions_.push_back(s.num_cached + i);
+    for (int i = 0; i < s.num_new; i++) {
+      positions_.push_back(s.num_cached + i);
+      trimmed_.push_back(s.is_trimmed);
+    }
   size_t partials = 0;
   for (const Step& step : program_.steps)
     if (const auto* attention = std::get_if<AttentionStep>(&step); attention && should_split(*attention)) {

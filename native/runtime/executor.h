@@ -96,9 +96,8 @@ class Executor {
     float* normed = nullptr;
     float* totals = nullptr;
     float* attend = nullptr;
-    int32_t* ids = nullptr;         // of neurons that fire
-    int8_t* activations = nullptr;  // codes of them
-    float* sums = nullptr;          // of down, by output
+    int32_t* ids = nullptr;  // of neurons that fire
+    float* sums = nullptr;   // of down, by output
     ExpertGroups groups{};
   };
   struct alignas(64) Counter {
@@ -111,6 +110,10 @@ class Executor {
   void measure();
   void begin(const BatchView& batch);
   bool walk(size_t first, size_t last, const std::function<bool()>& poll);
+  // Whether a row of a step belongs to a sequence that is trimmed.
+  bool is_trimmed(size_t step, int row) const {
+    return trimmed_[static_cast<size_t>(step > select_ ? batch_.logit_rows[head_first_ + row] : row)] != 0;
+  }
   int rows_of(size_t step) const { return step > select_ ? head_count_ : batch_.num_tokens; }
   // `done`: what the thread did up to here.
   bool barrier(size_t step, int thread, Phase done) {
@@ -128,6 +131,7 @@ class Executor {
   bool run_step(const LinearStep& step, size_t index, int thread);
   bool run_step(const GluStep& step, size_t index, int thread);
   bool run_step(const UpStep& step, size_t index, int thread);
+  bool run_step(const TrimStep& step, size_t index, int thread);
   bool run_step(const DownStep& step, size_t index, int thread);
   bool run_step(const RouteStep& step, size_t index, int thread);
   bool run_step(const ExpertGluStep& step, size_t index, int thread);
@@ -172,7 +176,8 @@ class Executor {
   std::vector<float> partials_;
   BatchView batch_{};
   std::vector<int> positions_;
-  size_t select_ = 0;  // index of the first SelectStep
+  std::vector<uint8_t> trimmed_;  // whether each token's sequence is
+  size_t select_ = 0;             // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
   std::unique_ptr<StepLog> log_;  // null: nobody asked

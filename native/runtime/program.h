@@ -97,12 +97,12 @@ struct RowMatrix {
 struct NeuronMatrix {
   NeuronForm form;
   const uint8_t *codes, *scales, *minima;
-  size_t row_bytes, block_bytes;  // of a column's codes; of a block's scales, or minima
+  size_t row_bytes, block_bytes;  // of a column's codes; of a block's scales, or minima, both halves
   int outputs;                    // a multiple of 128
 };
 
 // Hidden values, activation(gate) * up: of those neurons whose gate fires, where at most `most_active` of few rows do;
-// else of all.
+// else of all. Rows may be missing, where most_active is -1.
 struct UpStep {
   int x;
   Norm norm;
@@ -110,7 +110,16 @@ struct UpStep {
   Matrix weight;
   RowMatrix rows;
   Activation activation;
+  bool fires_below_zero;
   int out, most_active;
+};
+
+// What is below a threshold becomes 0, in the rows of sequences that are trimmed.
+struct TrimStep {
+  int x, out;
+  Activation activation;    // what is compared is activation(x)
+  const float* thresholds;  // by column, padded to 64; null: each row's own
+  float deviations;
 };
 
 // Down of those neurons whose code is not zero, where at most `most_active` of few rows are so; else of all.
@@ -172,7 +181,7 @@ struct SelectStep {
   int x, out;
 };
 
-using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, DownStep, RouteStep,
+using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, RouteStep,
                           ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
@@ -193,6 +202,7 @@ struct SequenceView {
   int start;  // first row in the batch
   int num_new, num_cached;
   std::vector<const int32_t*> page_tables;  // by state group
+  bool is_trimmed;
 };
 
 struct BatchView {

@@ -10,6 +10,45 @@ namespace {
 constexpr int kOutputUnit = 128;  // of down that a thread takes
 constexpr int kQuadBytes = 4;
 
+// The neurons of a block whose code is not zero, moved together into quads, each half of the block by itself where
+// halves have scales of their own.
+struct LiveBlock {
+  int ends[2];    // of the quads of each half; of all
+  float sums[2];  // of the codes
+  int32_t ids[kBlockColumns];
+  int8_t codes[kBlockColumns];
+
+  // False: there are none.
+  bool collect(const QuantRows& x, int block, int row, int num_rows, bool is_halved) {
+    constexpr int kBlockQuads = kBlockColumns / kQuadBytes;
+    const int num_parts = is_halved ? 2 : 1, part_quads = kBlockQuads / num_parts;
+    int count = 0;
+    for (int part = 0; part < 2; part++) {
+      int sum = 0;
+      for (int q = part * part_quads; q < std::min(kBlockQuads, (part + 1) * part_quads); q++) {
+        const int first = block * kBlockQuads + q;
+        const int8_t* quad = x.codes + static_cast<size_t>(first * num_rows + row) * kQuadBytes;
+        int32_t all;
+        std::memcpy(&all, quad, sizeof all);
+        if (all == 0) continue;
+        for (int i = 0; i < kQuadBytes; i++)
+          if (quad[i] != 0) {
+            ids[count] = first * kQuadBytes + i;
+            codes[count++] = quad[i];
+            sum += quad[i];
+          }
+      }
+      for (; count % kQuadBytes; count++) {
+        ids[count] = ids[count - 1];
+        codes[count] = 0;
+      }
+      ends[part] = count / kQuadBytes;
+      sums[part] = static_cast<float>(sum);
+    }
+    return count > 0;
+  }
+};
+
 }  // namespace
 
 bool Executor::run_step(const UpStep& step, size_t index, int thread) {
@@ -20,7 +59,8 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   if (is_sparse(num_rows))
     for (int i = 0; i < gate.width; i++) {  // what is not a number fires, so that it is seen
       bool fires = false;
-      for (int r = 0; r < num_rows; r++) fires |= !(gate.row(r)[i] <= 0.0f);
+      for (int r = 0; r < num_rows; r++)
+        fires |= step.fires_below_zero ? gate.row(r)[i] != 0.0f : !(gate.row(r)[i] <= 0.0f);
       ids[count] = i;
       count += fires;
     }
@@ -77,6 +117,24 @@ void Executor::up_of(const UpStep& step, const QuantRows& x, int count, int num_
   }
 }
 
+bool Executor::run_step(const TrimStep& step, size_t index, int thread) {
+  const Buffer &x = buffers_[step.x], &out = buffers_[step.out];
+  const int num_rows = rows_of(index), units = static_cast<int>(x.stride / 64);
+  // Of few rows threads share the columns, so that those of one row do not wait for each other.
+  const bool is_few = num_rows < pool_.num_threads();
+  const Range rows = is_few ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
+  const Range mine = is_few ? share(units, thread, pool_.num_threads()) : Range{0, units};
+  for (int r = rows.first; r < rows.last; r++) {
+    if (is_trimmed(index, r)) {
+      kernels_.trim({x.row(r), x.width, step.activation, step.thresholds, step.deviations, 64 * mine.first,
+                     64 * mine.last, out.row(r)});
+    } else {
+      std::copy(x.row(r) + 64 * mine.first, x.row(r) + 64 * mine.last, out.row(r) + 64 * mine.first);
+    }
+  }
+  return false;
+}
+
 bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   if (!is_sparse(num_rows)) return run_step(step.linear, index, thread);
@@ -100,58 +158,43 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
 // A thread's share of the outputs of one row, block after block.
 void Executor::down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread) {
   const NeuronMatrix& n = step.neurons;
-  Worker& worker = workers_[thread];
+  float* sums = workers_[thread].sums;
   const Range units = share(n.outputs / kOutputUnit, thread, pool_.num_threads());
   const int begin = units.first * kOutputUnit, end = units.last * kOutputUnit;
   if (begin == end) return;
-  std::fill(worker.sums + begin, worker.sums + end, 0.0f);
-  constexpr int kBlockQuads = kBlockColumns / kQuadBytes;
+  std::fill(sums + begin, sums + end, 0.0f);
   const int num_blocks = x.columns / kBlockColumns;
-  // Quads of the blocks that have any, of each the neurons whose code is not zero, moved together.
-  int32_t* ids = worker.ids;
-  int8_t* codes = worker.activations;
-  const auto collect = [&](int block, int32_t* to, int8_t* code_to) {
-    int count = 0;
-    for (int q = 0; q < kBlockQuads; q++) {
-      const int8_t* quad = x.codes + static_cast<size_t>((block * kBlockQuads + q) * num_rows + row) * kQuadBytes;
-      int32_t all;
-      std::memcpy(&all, quad, sizeof all);
-      if (all == 0) continue;
-      for (int i = 0; i < kQuadBytes; i++)
-        if (quad[i] != 0) {
-          to[count] = (block * kBlockQuads + q) * kQuadBytes + i;
-          code_to[count++] = quad[i];
-        }
-    }
-    const int found = count;
-    for (; count % kQuadBytes; count++) {
-      to[count] = to[found - 1];
-      code_to[count] = 0;
-    }
-    return count;
+  LiveBlock live[2];
+  const auto find = [&](int block, LiveBlock& to) {
+    while (block < num_blocks && !to.collect(x, block, row, num_rows, n.form.is_halved)) block++;
+    return block;
   };
-  int block = 0, count = 0;
-  const auto next_live = [&](int from, int32_t* to, int8_t* code_to) {
-    for (count = 0; from < num_blocks && (count = collect(from, to, code_to)) == 0; from++) {
-    }
-    return from;
-  };
-  block = next_live(0, ids, codes);
-  while (block < num_blocks) {
-    const int num_quads = count / kQuadBytes, this_block = block;
-    int32_t* next_ids = ids == worker.ids ? worker.ids + kBlockColumns : worker.ids;
-    int8_t* next_codes = codes == worker.activations ? worker.activations + kBlockColumns : worker.activations;
-    block = next_live(block + 1, next_ids, next_codes);
-    const size_t at = static_cast<size_t>(this_block * num_rows + row), plane = static_cast<size_t>(this_block);
-    kernels_.add_neurons({n.form, n.codes, n.row_bytes, ids, codes, num_quads, next_ids, count,
-                          n.scales + plane * n.block_bytes, n.minima + plane * n.block_bytes, x.sums[at], x.scales[at],
-                          begin, end, worker.sums});
-    ids = next_ids;
-    codes = next_codes;
+  int i = 0;
+  for (int block = find(0, live[i]), next; block < num_blocks; block = next, i = 1 - i) {
+    const LiveBlock &one = live[i], &soon = live[1 - i];
+    next = find(block + 1, live[1 - i]);
+    const size_t planes = static_cast<size_t>(block) * n.block_bytes;
+    kernels_.add_neurons({n.form,
+                          n.codes,
+                          n.row_bytes,
+                          one.ids,
+                          one.codes,
+                          {one.ends[0], one.ends[1]},
+                          soon.ids,
+                          next < num_blocks ? kQuadBytes * soon.ends[1] : 0,
+                          n.scales + planes,
+                          n.minima + planes,
+                          n.block_bytes / 2,
+                          static_cast<size_t>(next - block) * n.block_bytes,
+                          {one.sums[0], one.sums[1]},
+                          x.scales[block * num_rows + row],
+                          begin,
+                          end,
+                          sums});
   }
   const Projection& p = step.linear.projections[0];
   for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
-    store_linear(step.linear, p, row, column, worker.sums + column);
+    store_linear(step.linear, p, row, column, sums + column);
 }
 
 }  // namespace isotherm

@@ -101,7 +101,10 @@ class ProgramBuilder:
         most_active: int,
         /,
     ) -> None:
-        """rows: of the matrix, as quantization/neurons.py has them."""
+        """rows: of the matrix, as quantization/neurons.py has them; empty where most_active is -1."""
+
+    def trim(self, x: int, activation: str, thresholds: int, deviations: float, out: int, /) -> None:
+        """thresholds: a vector, or -1."""
 
     def down(
         self,
@@ -109,7 +112,7 @@ class ProgramBuilder:
         projection: tuple[int, int, int],
         residual: int,
         neurons: NDArray[np.uint8],
-        form: tuple[bool, bool, bool, int],
+        form: tuple[bool, bool, bool, bool, int],
         most_active: int,
         /,
     ) -> None:
@@ -130,7 +133,7 @@ class Executor:
     def run(
         self,
         token_ids: NDArray[np.int32],
-        sequences: list[tuple[int, int, list[NDArray[np.int32]]]],
+        sequences: list[tuple[int, int, list[NDArray[np.int32]], bool]],
         logit_rows: NDArray[np.int32],
         /,
     ) -> bool:
@@ -142,7 +145,7 @@ class Executor:
     def observe(
         self,
         token_ids: NDArray[np.int32],
-        sequences: list[tuple[int, int, list[NDArray[np.int32]]]],
+        sequences: list[tuple[int, int, list[NDArray[np.int32]], bool]],
         logit_rows: NDArray[np.int32],
         stops: list[tuple[int, int]],
         look: Callable[[int, NDArray[np.float32]], None],

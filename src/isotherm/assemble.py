@@ -12,6 +12,7 @@ from isotherm.backends.cpu.isa import choose_isa
 from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
 from isotherm.backends.cpu.packing import (
     BY_NEURON,
+    PackedCache,
     lower_by_neuron,
     open_packed,
     pack_in_memory,
@@ -35,8 +36,8 @@ from isotherm.probe import available_memory_bytes, physical_cores
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
-from isotherm.quantization.packed_cache import enforce_cap
-from isotherm.quantization.packed_file import SUFFIX, PackedWeights
+from isotherm.quality.choice import chosen_program
+from isotherm.quantization.packed_file import PackedWeights
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
@@ -54,7 +55,7 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
     with _collector_off():
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, reporter.notice)
         return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
 
 
@@ -82,7 +83,8 @@ class _Assembly:
         self._options = options
         self._reporter = reporter
         self._parallel = options.parallel
-        self._program = FAMILIES[checkpoint.config.family](checkpoint.config)
+        recorded = FAMILIES[checkpoint.config.family](checkpoint.config)
+        self._program = chosen_program(recorded, options.quality, cache_dir(), checkpoint.identity)
         self._lowered = self._lower(is_sparse=options.sparse and options.backend == "cpu")
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
@@ -189,12 +191,8 @@ class _Assembly:
         return context_tokens, forecast
 
     def _packed(self) -> PackedWeights:
-        checkpoint, notice = self._checkpoint, self._reporter.notice
-        folder = cache_dir() / "packed"
-        path = folder / f"{checkpoint.path.stem}-{checkpoint.identity[:16]}{SUFFIX}"
-        if self._options.cache_bytes == 0:
+        checkpoint, cap_bytes = self._checkpoint, self._options.cache_bytes
+        if cap_bytes == 0:
             return pack_in_memory(self._lowered, checkpoint.tensors)
-        weights = open_packed(self._lowered, checkpoint.tensors, path, checkpoint.identity, notice)
-        for evicted in enforce_cap(folder, self._options.cache_bytes, keep=path):
-            notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
-        return weights
+        cache = PackedCache(cache_dir() / "packed", cap_bytes, checkpoint.path.stem, checkpoint.identity)
+        return open_packed(self._lowered, checkpoint.tensors, cache, self._reporter.notice)

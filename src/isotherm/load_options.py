@@ -1,5 +1,9 @@
 """What a model may be loaded with."""
 
+import math
+import re
+from dataclasses import dataclass
+
 from isotherm.errors import OptionError
 from isotherm.types import KvType, LoadOptions
 
@@ -7,6 +11,39 @@ BACKENDS = ("cpu", "reference")
 KV_TYPES = tuple(kv_type.value for kv_type in KvType)
 
 MAX_PARALLEL = 256
+
+
+EXACT = "exact"
+CHOICE_SUFFIX = ".npz"  # of the file of a choice, which stands for its budget
+_BUDGET = re.compile(r"(kl)=([0-9.e-]+)|(ppl)=\+?([0-9.e-]+)%")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far answers may be from the exact ones: "kl", KL divergence in nats a token; "ppl", growth of perplexity."""
+
+    metric: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"kl={self.limit:g}" if self.metric == "kl" else f"ppl=+{100 * self.limit:g}%"
+
+
+def parse_budget(quality: str) -> Budget | None:
+    """None: exact, or the file of a choice. Raises OptionError for what is no quality."""
+    if quality == EXACT or quality.endswith(CHOICE_SUFFIX):
+        return None
+    if match := _BUDGET.fullmatch(quality.strip()):
+        try:
+            limit = float(match[2] or match[4]) / (1 if match[1] else 100)
+        except ValueError:
+            limit = math.nan
+        if 0 < limit <= 1:
+            return Budget(match[1] or match[3], limit)
+    raise OptionError(
+        f"quality {quality!r}; it must be exact, kl=NATS as in kl=0.01, or ppl=+PERCENT% as in ppl=+1%, "
+        "or a file of `isotherm tune`"
+    )
 
 
 def check_load_options(options: LoadOptions) -> None:
@@ -17,6 +54,7 @@ def check_load_options(options: LoadOptions) -> None:
         raise OptionError(f"kv {options.kv!r}; known: {', '.join(KV_TYPES)}")
     if options.backend == "reference" and options.kv != KvType.F16.value:
         raise OptionError(f"kv {options.kv!r}: the reference backend keeps keys and values in float32; leave it out")
+    parse_budget(options.quality)
     if options.threads is not None and not 1 <= options.threads <= 1024:
         raise OptionError(f"threads is {options.threads}; it must be from 1 to 1024")
     if options.context_tokens is not None and options.context_tokens < 2:

@@ -64,6 +64,7 @@ class TextGenerator:
         stop: Sequence[str] = (),
         raw: bool = False,
         grammar: Grammar | None = None,
+        exact: bool = False,
         sampling: SamplingParams | None = None,
         **sampling_fields: Any,
     ) -> Generator[Piece, None, None]:
@@ -71,15 +72,16 @@ class TextGenerator:
 
         prompt: text, one user message where the model has a chat template and `raw` is false; or messages.
         max_tokens: None for as many as the context holds. stop: strings that end the answer and are not part of it.
-        grammar: what the answer has to follow, up to a stop string. Fields of SamplingParams may be given by name;
-        greedy by default.
+        grammar: what the answer has to follow, up to a stop string. exact: whatever quality the model was loaded with.
+        Fields of SamplingParams may be given by name; greedy by default.
         Raises ContextOverflow, TemplateError, MessageError, GrammarError, OptionError; TypeError for an option that
         does not exist. Closing the iterator stops the answer, and so does Ctrl-C, as KeyboardInterrupt; the object
         stays usable.
         """
         params = replace(sampling or SamplingParams(), **sampling_fields)
         _check_answer_options(max_tokens, stop)
-        request = Request(tuple(self.prompt_ids(prompt, raw=raw)), max_tokens, params, self._tokenizer.end_ids)
+        prompt_ids, end_ids = tuple(self.prompt_ids(prompt, raw=raw)), self._tokenizer.end_ids
+        request = Request(prompt_ids, max_tokens, params, end_ids, is_exact=exact)
         self._open_engine().num_answer_tokens(request)  # what is wrong is said here, not at the first `next`
         return self._run(replace(request, constraint=self._constraint(grammar)), tuple(stop))
 
@@ -184,12 +186,29 @@ class TextGenerator:
         return np.concatenate(list(self.logit_blocks(token_ids, range(len(token_ids)))))
 
     def logit_blocks(
-        self, token_ids: Sequence[int], rows: Sequence[int], *, block_rows: int = 64
+        self, token_ids: Sequence[int], rows: Sequence[int], *, block_rows: int = 64, exact: bool = False
     ) -> Iterator[NDArray[np.float32]]:
-        """Logits after the tokens at `rows` (rising), [at most block_rows, vocab_size] at a time."""
+        """Logits after the tokens at `rows` (rising), [at most block_rows, vocab_size] at a time.
+
+        exact: whatever quality the model was loaded with.
+        """
         self._check_text(token_ids)
-        with self._open_engine().alone() as solo:
+        with self._open_engine().alone(is_exact=exact) as solo:
             yield from solo.logit_blocks(token_ids, rows, block_rows)
+
+    def logit_blocks_of_each(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[int]]], *, block_rows: int = 64
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """`logit_blocks` of several texts (token_ids, rows), in turn: (index of the text, block).
+
+        What a text starts with in common with the one before it is computed once, up to the first of its rows.
+        """
+        for token_ids, _ in texts:
+            self._check_text(token_ids)
+        with self._open_engine().alone() as solo:
+            for index, (token_ids, rows) in enumerate(texts):
+                for block in solo.logit_blocks(token_ids, rows, block_rows):
+                    yield index, block
 
     def _check_text(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -227,6 +246,13 @@ class TextGenerator:
         """Measures: seconds that `num_tokens` steps of decode take after `depth` cached tokens."""
         with self._open_engine().alone() as solo:
             return solo.time_decode(num_tokens, depth)
+
+    def read_s(self, token_ids: Sequence[int], *, first: int) -> float:
+        """Measures: seconds that the tokens of a text from `first` on take one by one. Raises ContextOverflow."""
+        assert 0 < first < len(token_ids)
+        self._check_text(token_ids)
+        with self._open_engine().alone() as solo:
+            return solo.time_reading(token_ids, first)
 
     def read_weights_s(self) -> float | None:
         """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""

@@ -154,6 +154,7 @@ class ModelConfig:
     global_every: int | None = None
     first_position_row: int = 0  # of the table of learned positions: the row of position 0
     experts: Experts | None = None  # None: an FFN that computes every token
+    shared_norm: bool = False  # of attention and FFN side by side: both read one norm
 
 
 @dataclass(frozen=True)
@@ -221,4 +222,7 @@ class LoadOptions:
     kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means
     kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
     sparse: bool = True  # compute only the neurons that fire, where that is quicker; answers are the same
+    quality: str = (
+        "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
+    )
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

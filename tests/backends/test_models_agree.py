@@ -41,6 +41,17 @@ def test_native_is_the_contract(tmp_path: Path, family: str, quant_type: QuantTy
     assert share < (FLOAT_WEIGHTS_SHARE if quant_type.is_float else QUANTISED_SHARE)
 
 
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_one_norm_and_one_kv_head_side_by_side(tmp_path: Path, activation: str) -> None:
+    """As in Falcon 7B; the family above is like the 40B."""
+    sizes = {"num_heads": 5, "num_kv_heads": 1, "shared_norm": True, **SMALL}
+    model = make_tiny(tmp_path, "falcon", QuantType.Q4_0, activation, **sizes)
+    step = model.batch(text_ids(18))
+    expected = run(model.reference(), step)
+    for isa in ISAS:
+        assert_equal(run(model.native(isa), step), expected, isa)
+
+
 def test_a_file_of_many_types_through_the_front_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the gguf package, loaded as a user does, packed twice: logits are those of the contract."""
     monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path / "cache"))

@@ -101,7 +101,9 @@ def test_neurons_hold_the_codes_and_scales(quant_type: QuantType) -> None:
         else:
             codes = lines[:, output // 64, byte]
         assert codes.tolist() == fields.codes[output].tolist()
-    planes = packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, neurons // 32, 256)
+    planes = (
+        packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, fields.scale.shape[1], 256)
+    )
     assert np.array_equal(planes[0, :, :outputs].T.astype(np.float32), fields.scale)
     assert (len(planes) == 2) == form.has_minimum == (fields.minimum is not None)
     if fields.minimum is not None:
@@ -137,13 +139,15 @@ def test_what_is_not_a_number_reaches_every_output(position: int) -> None:
 # --- whole models
 
 
-@pytest.mark.parametrize(("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", "")])
+@pytest.mark.parametrize(
+    ("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", ""), ("falcon", "relu"), ("bamboo", "")]
+)
 def test_whole_models(family: str, activation: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path, family, QuantType.Q4_0, activation)
     by_neurons = model.by_neurons()
     kinds = {type(op) for op in by_neurons.lowered.ops}
     assert ops.SparseDown in kinds
-    assert (ops.SparseUp in kinds) == (family == "llama")
+    assert (ops.SparseUp in kinds) == (family in ("llama", "bamboo"))
     steps = [model.batch(text_ids(18)), *(model.batch(text_ids(1, seed=i), 18 + i) for i in range(20))]
     for isa in ISAS:
         dense, sparse = model.native(isa), by_neurons.native(isa, num_threads=1)

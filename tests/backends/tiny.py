@@ -69,7 +69,7 @@ class TinyModel:
 
 
 def make_tiny(folder: Path, family: str, quant_type: QuantType, activation: str = "", **sizes: Any) -> TinyModel:
-    """activation: of llama, where it is not SiLU. `sizes`: see tiny_models.TinySizes.
+    """activation: where it is not the one of the family. `sizes`: see tiny_models.TinySizes.
 
     Every second layer of gemma3 is a global one.
     """

@@ -249,6 +249,36 @@ def test_a_sequence_alone_always_has_room() -> None:
             sequence.release()
 
 
+@settings(max_examples=200, deadline=None)
+@given(window=st.one_of(st.none(), st.integers(1, 200)), follow=st.lists(texts(400), min_size=1, max_size=6))
+def test_a_sequence_that_went_back_sees_its_own_text_and_has_room(window: int | None, follow: list[list[int]]) -> None:
+    windows = (None, window)
+    states = tuple(state(size) for size in windows)
+    counts = tuple(pages_needed(spec, 512, BATCH) for spec in states)
+    device = Device(KvPages(states, counts, 512), windows)
+    sequence = device.kv.sequence(publishes=False)
+    for text in follow:
+        common = next((i for i in range(len(text)) if sequence.token_ids[i : i + 1] != [text[i]]), len(text))
+        num_left = sequence.go_back(common)
+        assert num_left in ((common,) if window is None else (common, 0))
+        assert sequence.token_ids == text[:num_left]
+        for start in range(num_left, len(text), BATCH):
+            chunk = text[start : start + BATCH]
+            assert sequence.reserve(len(chunk))
+            device.compute(sequence, chunk)
+    sequence.release()
+    assert [pool.num_available for pool in device.kv.pools] == list(counts)
+
+
+def test_going_back_within_a_window_keeps_what_is_left() -> None:
+    kv = KvPages((state(100),), (16,), 512)
+    sequence = kv.sequence(publishes=False)
+    for num_new, wanted, num_left in ((300, 210, 210), (80, 230, 230), (150, 195, 0)):
+        assert sequence.reserve(num_new)  # slides to what position 0, 210 and 230 see: pages 0, 1 and 2
+        sequence.commit([7] * num_new)
+        assert sequence.go_back(wanted) == num_left
+
+
 def kept(kv: KvPages, text: list[int], after: list[int]) -> int:
     """How much of `after` is found once `text` was computed and has ended."""
     sequence = kv.sequence()

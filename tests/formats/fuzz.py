@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from formats.attacks.mutation import mutate
 from formats.attacks.raw_gguf import RawGguf
+from formats.powerinfer_files import write_pair
 from tiny_models import write_tiny
 
 from isotherm.errors import ModelFileError
@@ -85,6 +86,10 @@ def make_corpus(folder: Path) -> list[tuple[bytes, int]]:
             corpus.append((data, data.rindex(b"output_norm.weight") + 64))
             # the tables after the vocabulary are where a model is decided
             corpus.append((data, len(data) // 20))
+    for family in ("llama", "opt"):
+        data = write_pair(folder, family, QuantType.Q4_0, **sizes)[0].read_bytes()
+        corpus.append((data, data.rindex(b"output_norm.") + 64))
+        corpus.append((data, len(data) // 20))
     return corpus
 
 

@@ -23,7 +23,7 @@ from isotherm.models import FAMILIES
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.quantization.packed_file import PackedMemory
-from isotherm.types import Experts, ModelConfig, QuantType, Rope
+from isotherm.types import Activation, Experts, ModelConfig, QuantType, Rope
 
 SCRIPT = Path(__file__).parents[1] / "oracle" / "make_answers.py"
 
@@ -102,6 +102,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "no norms of q and k": ("qwen3", {"family": "llama"}),
     "one expert less": ("qwen3moe", {"experts": Experts(12, 3)}),
     "eps": ("llama", {"norm_eps": 1e-2}),
+    "norm of attention for the FFN too": ("falcon", {"shared_norm": True}),
+    "SiLU for GELU": ("falcon", {"activation": Activation.SILU}),
+    "GELU for ReLU": ("relu-falcon", {"activation": Activation.GELU_TANH}),
 }
 
 

@@ -229,8 +229,9 @@ void run_rows(const KernelTable& table, Random& random, Outputs& out) {
 
 void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
   constexpr int kOutputs = 384, kNeurons = 64;
-  for (int i = 0; i < 64; i++) {
-    const NeuronForm form{(i & 1) != 0, (i & 2) != 0, (i & 4) != 0, 1 << random.below(8)};
+  for (int i = 0; i < 96; i++) {
+    const bool is_halved = i % 3 == 2;
+    const NeuronForm form{(i & 1) != 0, !is_halved && (i & 2) != 0, (i & 4) != 0, is_halved, 1 << random.below(8)};
     const size_t row_bytes = form.is_nibble ? kOutputs / 2 : kOutputs;
     const std::vector<uint8_t> codes = panel_bytes(random, kChunkColumns, false),
                                planes = panel_bytes(random, kChunkColumns, true);
@@ -241,10 +242,26 @@ void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
       activations.push_back(static_cast<int8_t>(random.below(255) - 127));
     }
     std::vector<float> y = random.numbers(kOutputs);
-    table.add_neurons({form, codes.data(), row_bytes, ids.data(), activations.data(), static_cast<int>(ids.size() / 4),
-                       ids.data(), 4, planes.data(), planes.data() + 2048,
-                       static_cast<float>(random.below(8000) - 4000), random.number(), 128, kOutputs, y.data()});
-    out.add(text("add_neurons", form.is_nibble, form.is_half, form.has_minimum), y);
+    const int end = static_cast<int>(ids.size() / 4), middle = is_halved ? random.below(end + 1) : end;
+    const auto sum = [&] { return static_cast<float>(random.below(8000) - 4000); };
+    table.add_neurons({form,
+                       codes.data(),
+                       row_bytes,
+                       ids.data(),
+                       activations.data(),
+                       {middle, end},
+                       ids.data(),
+                       4,
+                       planes.data(),
+                       planes.data() + 4096,
+                       2048,
+                       0,
+                       {sum(), sum()},
+                       random.number(),
+                       128,
+                       kOutputs,
+                       y.data()});
+    out.add(text("add_neurons", form.is_nibble, form.is_half, form.has_minimum, form.is_halved), y);
   }
 }
 
@@ -318,6 +335,9 @@ void run_elementwise(const KernelTable& table, Random& random, Outputs& out) {
     for (const Activation activation : kActivations) {
       table.finish_glu(totals.data(), activation, gated.data());
       out.add(text("finish_glu", static_cast<int>(activation)), gated);
+      const float* thresholds = i % 3 ? residual.data() : nullptr;
+      table.trim({totals.data(), 30, activation, thresholds, random.number(), 16, 32, y.data()});
+      out.add(text("trim", static_cast<int>(activation), i % 3), y);
     }
   }
   for (const int head_dim : {32, 64, 80, 128})

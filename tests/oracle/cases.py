@@ -61,6 +61,7 @@ _GEMMA = replace(
     local_rope=Rope(10000.0, 32),
     global_every=2,
 )
+_FALCON = replace(_LLAMA, family="falcon", activation=Activation.GELU_TANH)
 
 
 def llama3_factors(dims: int, base: float, factor: float, original_tokens: int) -> tuple[float, ...]:
@@ -176,6 +177,30 @@ CASES = (
         "OPTForCausalLM",
         {},
     ),
+    OracleCase(
+        "falcon",
+        _FALCON,
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "falcon-7b",
+        replace(_FALCON, num_kv_heads=1, shared_norm=True, tied_head=True),
+        "FalconForCausalLM",
+        {"multi_query": True, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "falcon-11b",  # the new architecture with one norm
+        replace(_FALCON, shared_norm=True),
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "relu-falcon",
+        replace(_FALCON, activation=Activation.RELU),
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "activation": "relu"},
+    ),
 )
 
 
@@ -207,6 +232,12 @@ def weights(config: ModelConfig) -> dict[str, F32]:
             "positions": (config.first_position_row + config.context_tokens, hidden),
             "final_norm_bias": (hidden,),
         }
+    if config.family == "falcon":
+        del layer["gate"]
+        if config.shared_norm:
+            del layer["ffn_norm"]
+        layer |= {f"{name}_bias": (hidden,) for name in layer if name.endswith("norm")}
+        shapes["final_norm_bias"] = (hidden,)
     if config.family in ("gemma3", "qwen3", "qwen3moe"):
         layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
     if config.experts:

@@ -52,6 +52,14 @@ _OPT_NAMES = {
     "up": "fc1.weight",
     "down": "fc2.weight",
 }
+_FALCON_NAMES = {
+    "attn_norm": "ln_attn",
+    "ffn_norm": "ln_mlp",
+    "qkv": "self_attention.query_key_value",
+    "o": "self_attention.dense",
+    "up": "mlp.dense_h_to_4h",
+    "down": "mlp.dense_4h_to_h",
+}
 _GLOBAL_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 
 
@@ -70,6 +78,8 @@ def answer(case: OracleCase) -> F32:
     }
     if c.family == "opt":
         shared |= {"ffn_dim": c.ffn_size, "word_embed_proj_dim": c.hidden_size}
+    elif c.family == "falcon":
+        shared |= {"ffn_hidden_size": c.ffn_size, "num_kv_heads": c.num_kv_heads, "layer_norm_epsilon": c.norm_eps}
     else:
         shared |= {
             "intermediate_size": c.ffn_size,
@@ -80,6 +90,8 @@ def answer(case: OracleCase) -> F32:
     config = model_class.config_class(**shared, **case.hf_config)
     model = model_class(config).to(torch.float32).eval()
     ours = _with_stacks(c, weights(c))
+    if c.family == "falcon":
+        ours = _fuse_qkv(c, ours)
     state = {_hf_name(case, name): torch.from_numpy(_hf_values(case, name, w)) for name, w in ours.items()}
     left = model.load_state_dict(state, strict=False)
     assert not left.unexpected_keys, left.unexpected_keys
@@ -110,7 +122,25 @@ def _with_stacks(config: ModelConfig, ours: dict[str, F32]) -> dict[str, F32]:
     return out
 
 
+def _fuse_qkv(config: ModelConfig, ours: dict[str, F32]) -> dict[str, F32]:
+    """Of each layer one matrix: for each KV head the rows of its query heads, of its key, of its value."""
+    fused = {name: values for name, values in ours.items() if name.rpartition(".")[2] not in ("q", "k", "v")}
+    for i in range(config.num_layers):
+        shape = (config.num_kv_heads, -1, config.hidden_size)
+        parts = [ours[f"layers.{i}.{part}"].reshape(shape) for part in "qkv"]
+        fused[f"layers.{i}.qkv"] = np.concatenate(parts, axis=1).reshape(-1, config.hidden_size)
+    return fused
+
+
 def _hf_name(case: OracleCase, name: str) -> str:
+    if case.config.family == "falcon" and name != "head":
+        place, _, part = name.rpartition(".")
+        suffix = ".bias" if part.endswith("_bias") else ".weight"
+        part = part.removesuffix("_bias")
+        if not place:
+            return f"transformer.{'word_embeddings' if part == 'embed' else 'ln_f'}{suffix}"
+        stored = "input_layernorm" if part == "attn_norm" and case.config.shared_norm else _FALCON_NAMES[part]
+        return f"transformer.{place.replace('layers', 'h')}.{stored}{suffix}"
     if case.config.family == "opt":
         place, _, part = name.rpartition(".")
         stored = _OPT_NAMES[part.removesuffix("_bias")]

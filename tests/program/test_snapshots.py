@@ -61,6 +61,11 @@ CONFIGS = {
         activation=Activation.RELU,
         first_position_row=2,
     ),
+    "bamboo": replace(_LLAMA, family="bamboo", activation=Activation.DRELU),
+    "falcon": replace(_LLAMA, family="falcon", num_layers=2, activation=Activation.GELU_TANH),
+    "falcon-7b": replace(
+        _LLAMA, family="falcon", num_kv_heads=1, tied_head=True, activation=Activation.RELU, shared_norm=True
+    ),
 }
 
 

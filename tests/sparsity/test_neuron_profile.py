@@ -35,6 +35,7 @@ CASES = {
     "opt": ("opt", {}),
     "relu": ("llama", {"isotherm.activation": "relu"}),
     "drelu": ("llama", {"isotherm.activation": "drelu"}),
+    "falcon": ("falcon", {"isotherm.activation": "relu"}),
     "silu": ("llama", {}),
     "gemma3": ("gemma3", {}),
 }

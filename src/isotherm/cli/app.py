@@ -13,6 +13,7 @@ from isotherm.cli.chat import chat
 from isotherm.cli.config import config
 from isotherm.cli.doctor import doctor
 from isotherm.cli.errors import DEBUG_VARIABLE, USAGE
+from isotherm.cli.eval import evaluate
 from isotherm.cli.flags import SETTINGS_NOTE
 from isotherm.cli.list_models import list_models
 from isotherm.cli.perplexity import perplexity
@@ -25,6 +26,7 @@ from isotherm.cli.serve import serve
 from isotherm.cli.show import show
 from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
+from isotherm.cli.tune import tune
 from isotherm.cli.version import version_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -40,7 +42,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "bench": bench,
     "perplexity": perplexity,
+    "eval": evaluate,
     "profile": profile,
+    "tune": tune,
     "doctor": doctor,
     "config": config,
 }

@@ -61,6 +61,12 @@ class Settings:
     sparse: bool = _setting(
         True, Rule(bool, "", "Compute only the neurons that fire, where that is quicker; answers are the same.")
     )
+    quality: str = _setting(
+        "exact",
+        Rule(
+            str, "BUDGET", "exact, or a budget such as kl=0.01 or ppl=+1%: the rule that `isotherm tune` chose for it."
+        ),
+    )
     cache_gib: float = _setting(
         64.0,
         Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
@@ -146,6 +152,7 @@ class Settings:
             offline=self.offline,
             kv=self.kv,
             sparse=self.sparse,
+            quality=self.quality,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
         )
@@ -256,7 +263,7 @@ SERVING = (
     "log_json",
     "log_prompts",
 )
-LOADING = ("ctx", "kv", "threads", "backend", "sparse", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
+LOADING = ("ctx", "kv", "threads", "backend", "sparse", "quality", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

@@ -93,7 +93,7 @@ class Engine:
         num_prompt = facts.num_prompt_tokens = len(request.prompt_ids)
         tokens = np.empty(num_prompt + self.num_answer_tokens(request), np.int32)
         tokens[:num_prompt] = request.prompt_ids
-        job = Job(tokens, num_prompt, request.priority)
+        job = Job(tokens, num_prompt, request.priority, is_trimmed=self.program.is_trimmed and not request.is_exact)
         job.owner = generation = Generation(request, facts, job, Sampler(request.sampling, self._vocab_size))
         with self._changed:
             self._scheduler.add(job)
@@ -126,8 +126,11 @@ class Engine:
             return EngineLoad(running, waiting, usage, self._scheduler.num_preemptions)
 
     @contextmanager
-    def alone(self) -> Iterator[SoloSequence]:
-        """An empty sequence, with the machine to itself: all others give their pages back and go on afterwards."""
+    def alone(self, *, is_exact: bool = False) -> Iterator[SoloSequence]:
+        """An empty sequence, with the machine to itself: all others give their pages back and go on afterwards.
+
+        is_exact: as of a Request.
+        """
         with self._changed:
             while self._stepping is not None:
                 if self._stepping == threading.get_ident():
@@ -139,7 +142,8 @@ class Engine:
             with self._whole():
                 self._remove_ended()
                 self._scheduler.preempt_all()
-                pages = self._kv.sequence(publishes=False)
+                is_trimmed = self.program.is_trimmed and not is_exact
+                pages = self._kv.sequence(publishes=False, is_trimmed=is_trimmed)
                 yield SoloSequence(self._compiled, pages, self._vocab_size, self._limits.batch_tokens)
                 pages.release()
         finally:
@@ -273,8 +277,9 @@ class Engine:
             ids += share.token_ids
             if share.is_last:
                 rows.append(len(ids) - 1)
-            cached = len(share.pages.token_ids)
-            sequences.append(program_batch.Sequence(len(share.token_ids), cached, share.pages.page_tables))
+            num_new, pages = len(share.token_ids), share.pages
+            sequence = program_batch.Sequence(num_new, len(pages.token_ids), pages.page_tables, pages.is_trimmed)
+            sequences.append(sequence)
         self._compiled.forward(Batch(np.array(ids, np.int32), tuple(sequences), np.array(rows, np.int32)))
 
     def _head(self, num_rows: int) -> F32:

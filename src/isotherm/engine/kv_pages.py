@@ -20,7 +20,8 @@ from isotherm.engine.stored_pages import StoredPages
 from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateSpec
 
-_ROOT = b""  # key of what comes before the first page
+# Keys of what comes before the first page: a trimmed sequence has other keys and values for the same tokens.
+_ROOTS = {False: b"", True: b"trimmed"}
 _MAX_TAILS = 1024
 
 
@@ -171,9 +172,12 @@ class KvPages:
         self.pools = tuple(PagePool(count) for count in self._num_pages)
         self._tails: OrderedDict[bytes, _Tail] = OrderedDict()  # by the key of the page before
 
-    def sequence(self, *, publishes: bool = True) -> "SequencePages":
-        """An empty sequence; one that does not publish leaves nothing for others to find."""
-        return SequencePages(self, publishes)
+    def sequence(self, *, publishes: bool = True, is_trimmed: bool = False) -> "SequencePages":
+        """An empty sequence; one that does not publish leaves nothing for others to find.
+
+        is_trimmed: it shares pages with its like alone.
+        """
+        return SequencePages(self, publishes, is_trimmed)
 
     def tables(self) -> tuple[_Table, ...]:
         size = pages_for(self._context_tokens)
@@ -196,15 +200,15 @@ class KvPages:
         if len(self._tails) > _MAX_TAILS:
             self._tails.popitem(last=False)
 
-    def longest_prefix(self, token_ids: Sequence[int], has: Callable[[int, bytes], bool]) -> list[bytes]:
+    def longest_prefix(self, token_ids: Sequence[int], root: bytes, has: Callable[[int, bytes], bool]) -> list[bytes]:
         """Keys of the most leading full pages after which each group has what the next token sees.
 
-        has: whether a state group has the page of a key.
+        root: of the sequence. has: whether a state group has the page of a key.
         """
         keys: list[bytes] = []
         whole = [group for group, window in enumerate(self._windows) if window is None]
         for start in range(0, len(token_ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
-            key = page_key(keys[-1] if keys else _ROOT, token_ids[start : start + PAGE_TOKENS])
+            key = page_key(keys[-1] if keys else root, token_ids[start : start + PAGE_TOKENS])
             if not all(has(group, key) for group in whole):
                 break
             keys.append(key)
@@ -236,14 +240,14 @@ class KvPages:
             names = {*self._visible(keys), *self._visible(keys[:num_prompt_pages])}
             self._stored.keep(sorted(names, key=lambda name: (name.index, name.group)))
 
-    def fetch(self, token_ids: Sequence[int], limit_s: float | None) -> bool:
+    def fetch(self, token_ids: Sequence[int], limit_s: float | None, *, is_trimmed: bool = False) -> bool:
         """Publishes what the disk has of the prefix that `find_prefix` looks for.
 
         False: `limit_s` is over, and there may be more. One page is read whatever the limit.
         """
         if self._stored is None:
             return True
-        stored, on_disk = self._stored, dict[tuple[int, bytes], bool]()
+        stored, on_disk, root = self._stored, dict[tuple[int, bytes], bool](), _ROOTS[is_trimmed]
 
         def has(group: int, key: bytes) -> bool:
             if self.pools[group].has(key):
@@ -254,7 +258,7 @@ class KvPages:
 
         end_s = None if limit_s is None else time.monotonic() + limit_s
         while True:
-            names = self._visible(self.longest_prefix(token_ids[: len(token_ids) - 1], has))
+            names = self._visible(self.longest_prefix(token_ids[: len(token_ids) - 1], root, has))
             missing = [name for name in names if not self.pools[name.group].has(name.key)]
             if not missing:
                 return True
@@ -290,8 +294,10 @@ class KvPages:
 class SequencePages:
     """One sequence's tokens whose keys and values are in pages, and the tables of those pages."""
 
-    def __init__(self, kv: KvPages, publishes: bool) -> None:
+    def __init__(self, kv: KvPages, publishes: bool, is_trimmed: bool) -> None:
         self._kv = kv
+        self._root = _ROOTS[is_trimmed]
+        self.is_trimmed = is_trimmed
         self._publishes = publishes
         self._tables = kv.tables()
         self._keys: list[bytes] = []  # of the full pages
@@ -309,7 +315,7 @@ class SequencePages:
         """
         assert not self.token_ids
         keys = self._keys = self._kv.longest_prefix(
-            token_ids[: len(token_ids) - 1], lambda group, key: self._tables[group].pool.has(key)
+            token_ids[: len(token_ids) - 1], self._root, lambda group, key: self._tables[group].pool.has(key)
         )
         self._num_prompt_pages = len(token_ids) // PAGE_TOKENS
         self.token_ids = list(token_ids[: len(keys) * PAGE_TOKENS])
@@ -348,6 +354,17 @@ class SequencePages:
                 if index >= table.first:
                     table.pool.publish(int(table.pages[index]), self._keys[-1])
 
+    def go_back(self, num_tokens: int) -> int:
+        """Forgets the tokens from `num_tokens` on; returns how many are left, for a sequence that does not publish.
+
+        None are where a window has passed what the next token would see.
+        """
+        assert not self._publishes
+        if any(table.first > oldest_visible(table.window, num_tokens) for table in self._tables):
+            self.release()
+        del self.token_ids[num_tokens:]
+        return len(self.token_ids)
+
     def release(self) -> None:
         """Lets go of all pages, deepest first: what many sequences start with is kept longest."""
         num_full, rest = divmod(len(self.token_ids), PAGE_TOKENS)
@@ -365,7 +382,7 @@ class SequencePages:
         self._keys, self.token_ids = [], []
 
     def _parent(self) -> bytes:
-        return self._keys[-1] if self._keys else _ROOT
+        return self._keys[-1] if self._keys else self._root
 
     def _claim_tail(self, token_ids: Sequence[int]) -> None:
         start, limit = len(self.token_ids), len(token_ids) - 1

@@ -29,6 +29,7 @@ class Job:
     arrival: int = -1
     pages: SequencePages | None = None  # None: it waits
     num_found: int | None = None  # tokens that pages had when it first ran
+    is_trimmed: bool = False
     owner: Any = field(default=None, repr=False)
 
     @property
@@ -142,9 +143,9 @@ class Scheduler:
 
     def _admit(self, job: Job, left: int, shares: list[Share]) -> int:
         token_ids = job.tokens[: job.num_tokens].tolist()
-        if not self._kv.fetch(token_ids, _FETCH_S if shares else None):
+        if not self._kv.fetch(token_ids, _FETCH_S if shares else None, is_trimmed=job.is_trimmed):
             return 0  # the next plan reads on
-        pages = self._kv.sequence()
+        pages = self._kv.sequence(is_trimmed=job.is_trimmed)
         num_found = pages.find_prefix(token_ids)
         num_new = min(left, job.num_tokens - num_found)
         if not pages.reserve(num_new):

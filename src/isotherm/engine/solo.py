@@ -20,6 +20,12 @@ from isotherm.types import SamplingParams
 F32 = NDArray[np.float32]
 
 
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both start with."""
+    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, min(len(first), len(second)))
+
+
 @dataclass(frozen=True)
 class DecodeTiming:
     """busy_s: the part of total_s in which native code computed, backend or sampler; the rest is Python's."""
@@ -39,7 +45,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class SoloSequence:
-    """An empty sequence; `Engine.alone` makes it."""
+    """A sequence, empty at first; `Engine.alone` makes it."""
 
     compiled: CompiledProgram
     pages: SequencePages
@@ -47,8 +53,12 @@ class SoloSequence:
     batch_tokens: int
 
     def logit_blocks(self, ids: Sequence[int], rows: Sequence[int], block_rows: int) -> Iterator[F32]:
-        """Logits of the given rising positions, at most `block_rows` of them at a time: [<= block_rows, vocab_size]."""
-        for start in range(0, len(ids), self.batch_tokens):
+        """Logits of the given rising positions, at most `block_rows` of them at a time: [<= block_rows, vocab_size].
+
+        What `ids` start with in common with the text before is not computed again, up to the first of the rows.
+        """
+        num_known = num_common(self.pages.token_ids, ids[: rows[0]] if len(rows) else ids)
+        for start in range(self.pages.go_back(num_known), len(ids), self.batch_tokens):
             chunk = list(ids[start : start + self.batch_tokens])
             wanted = np.array([row - start for row in rows if start <= row < start + len(chunk)], np.int32)
             self._forward(chunk, wanted)
@@ -76,6 +86,14 @@ class SoloSequence:
         busy_before_s = self.compiled.busy_s
         total_s, sampler_s = self._decode(num_tokens)
         return DecodeTiming(total_s, self.compiled.busy_s - busy_before_s + sampler_s)
+
+    def time_reading(self, ids: Sequence[int], first: int) -> float:
+        """Seconds that the tokens from `first` on take one by one; those before are computed at once, and not timed."""
+        self._next_logits(list(ids[:first]))
+        started = time.perf_counter()
+        for token_id in ids[first:]:
+            self._next_logits([token_id])
+        return time.perf_counter() - started
 
     def read_weights_s(self) -> float | None:
         """Seconds to read every weight of a token once and compute nothing; None where the backend cannot tell."""
@@ -121,5 +139,6 @@ class SoloSequence:
     def _reserve(self, ids: list[int], logit_rows: NDArray[np.int32]) -> Batch:
         has_room = self.pages.reserve(len(ids))
         assert has_room, "a sequence alone has room for the whole context"
-        part = program_batch.Sequence(len(ids), len(self.pages.token_ids), self.pages.page_tables)
+        cached, tables = len(self.pages.token_ids), self.pages.page_tables
+        part = program_batch.Sequence(len(ids), cached, tables, self.pages.is_trimmed)
         return Batch(np.array(ids, np.int32), (part,), logit_rows)

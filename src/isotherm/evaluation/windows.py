@@ -10,7 +10,7 @@ from isotherm.errors import ModelFileError, OptionError
 from isotherm.text import TextGenerator
 
 _MIN_WINDOW_TOKENS = 4  # so that the second half holds something to predict
-_BLOCK_ROWS = 64  # logit rows in memory at once
+BLOCK_ROWS = 64  # logit rows in memory at once
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,25 @@ def cut_windows(model: TextGenerator, text: str, window_tokens: int, num_windows
             f"the text has {len(token_ids)} tokens, fewer than one window of {window_tokens}; "
             "take a longer text or a shorter window"
         )
-    bos = _leading_special(model)
+    bos = leading_special(model)
     starts = range(0, len(token_ids) - window_tokens + 1, window_tokens)[:num_windows]
     return [_window(token_ids[start : start + window_tokens], bos) for start in starts]
 
 
 def scored_rows(model: TextGenerator, window: Window, index: int) -> Iterator[NDArray[np.float32]]:
     """Logits [vocab_size] of each scored row in turn. Raises ModelFileError where one is not a finite number."""
-    for block in model.logit_blocks(window.token_ids, window.rows, block_rows=_BLOCK_ROWS):
-        if not np.isfinite(block).all():
-            raise ModelFileError(
-                f"window {index} has logits that are no finite numbers: the weights hold NaN or infinity; "
-                "fetch the model again or take another quantization"
-            )
+    for block in model.logit_blocks(window.token_ids, window.rows, block_rows=BLOCK_ROWS):
+        check_finite(block, f"window {index}")
         yield from block
+
+
+def check_finite(logits: NDArray[np.float32], what: str) -> None:
+    """Raises ModelFileError where one is not a finite number; `what` has them."""
+    if not np.isfinite(logits).all():
+        raise ModelFileError(
+            f"{what} has logits that are no finite numbers: the weights hold NaN or infinity; "
+            "fetch the model again or take another quantization"
+        )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -73,7 +78,7 @@ def _window(token_ids: list[int], bos: list[int]) -> Window:
     return Window((*bos, *token_ids[len(bos) :]), rows, tuple(token_ids[first + 1 :]))
 
 
-def _leading_special(model: TextGenerator) -> list[int]:
+def leading_special(model: TextGenerator) -> list[int]:
     """BOS in a list, or an empty one; found by comparison, for a model may add EOS alone."""
     plain, special = model.tokenize("a"), model.tokenize("a", add_special=True)
     return special[:1] if special[1 : 1 + len(plain)] == plain else []

@@ -43,6 +43,10 @@ def read_experts(file: GgufFile, name: str, has_experts: bool | None) -> Experts
         return None
     if has_experts is False:
         raise UnsupportedModel(f"{metadata.path}: {key} is {num_experts}; experts are not supported in {name}")
+    if file.is_powerinfer:
+        raise UnsupportedModel(
+            f"{metadata.path}: {key} is {num_experts}; PowerInfer's files of experts are not supported"
+        )
     if num_experts == 1:
         raise UnsupportedModel(f"{metadata.path}: a mixture of one expert is not supported")
     if f"blk.0.{_ONE_EXPERT}" in file.tensors:

@@ -1,5 +1,7 @@
-"""Llama and what is built like it (Touvron et al. 2023; Qwen2 adds biases to QKV, ReluLLaMA changes the
-activation, Mixtral has experts)."""
+"""Llama and what is built like it (Touvron et al. 2023).
+
+Qwen2 adds biases to QKV; ReluLLaMA and Bamboo (Song et al. 2024) have other activations; Mixtral has experts.
+"""
 
 from isotherm.program.ops import AttentionShape
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec

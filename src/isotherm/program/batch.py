@@ -15,12 +15,14 @@ class Sequence:
     """One sequence's share of a batch: its next `num_new` tokens, after `num_cached` that its pages hold.
 
     page_tables: for each state group, int32 page ids by page index (position // PAGE_TOKENS); they cover
-    num_cached + num_new positions. FREED_PAGE where no token of this batch looks.
+    num_cached + num_new positions. FREED_PAGE where no token of this batch looks. is_trimmed: whether the Trims of the
+    Program hold for it.
     """
 
     num_new: int
     num_cached: int
     page_tables: tuple[NDArray[np.int32], ...]
+    is_trimmed: bool = True
 
     def __post_init__(self) -> None:
         num_pages = -(-(self.num_cached + self.num_new) // PAGE_TOKENS)
@@ -44,3 +46,7 @@ class Batch:
         """Absolute position of each token, int32 [tokens]."""
         spans = [np.arange(s.num_cached, s.num_cached + s.num_new, dtype=np.int32) for s in self.sequences]
         return np.concatenate(spans)
+
+    def trimmed_rows(self) -> NDArray[np.bool_]:
+        """Whether each token's sequence is trimmed, bool [tokens]."""
+        return np.concatenate([np.full(s.num_new, s.is_trimmed) for s in self.sequences])

@@ -20,13 +20,14 @@ from dataclasses import replace
 from isotherm.program import ops
 from isotherm.program.ops import NormWeights, Op, Projection, Value
 from isotherm.program.recorder import Program
-from isotherm.types import Rope
+from isotherm.types import Activation, Rope
 
 
 def lower(program: Program, is_sparse: Callable[[ops.Ffn], bool] = lambda _: False) -> Program:
     """The same function of tokens, in ops of the second group of `ops.py`.
 
-    is_sparse: whether an FFN is to be computed by neurons where few of them fire; for activations with zeros only.
+    is_sparse: whether an FFN is to be computed by neurons where few of them fire: only where something makes zeros, an
+    activation or a Trim.
     """
     return replace(program, ops=tuple(_select_early(_Lowering(program, is_sparse).run())))
 
@@ -129,22 +130,37 @@ class _Lowering:
     def _ffn(self, op: ops.Ffn) -> None:
         x, norm = self._input_of(op.x)
         is_sparse = self._is_sparse(op)
-        assert op.activation.has_zeros or not is_sparse
-        hidden = self._new_value(op.ffn_size)
-        if op.gate is not None and is_sparse:
-            gated = self._new_value(op.ffn_size)
-            self._out.append(ops.QuantLinear(x, norm, (Projection(gated, op.gate, None),), None))
-            self._out.append(ops.SparseUp(hidden, gated, x, norm, op.up, op.activation))
-        elif op.gate is None:
-            up = (Projection(hidden, op.up, op.up_bias),)
-            self._out.append(ops.QuantLinear(x, norm, up, None, op.activation))
-        else:
-            self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
+        hidden = self._hidden(op, x, norm, is_sparse=is_sparse)
+        if op.trim_hidden is not None:
+            hidden = self._trimmed(hidden, None, op.trim_hidden)
         out, residual = self._with_residual(op.out)
         if is_sparse:
             self._out.append(ops.SparseDown(out, hidden, op.down, op.down_bias, residual))
         else:
             self._out.append(ops.QuantLinear(hidden, None, (Projection(out, op.down, op.down_bias),), residual))
+
+    def _hidden(self, op: ops.Ffn, x: Value, norm: NormWeights | None, *, is_sparse: bool) -> Value:
+        has_zeros = op.activation.has_zeros or op.trim_gate is not None
+        assert has_zeros or op.trim_hidden is not None or not is_sparse
+        hidden = self._new_value(op.ffn_size)
+        if op.gate is None:
+            assert op.trim_gate is None, "without a gate hidden values are trimmed"
+            up = (Projection(hidden, op.up, op.up_bias),)
+            self._out.append(ops.QuantLinear(x, norm, up, None, op.activation))
+        elif op.trim_gate is not None or (is_sparse and has_zeros):
+            gated = self._new_value(op.ffn_size)
+            self._out.append(ops.QuantLinear(x, norm, (Projection(gated, op.gate, None),), None))
+            if op.trim_gate is not None:
+                gated = self._trimmed(gated, op.activation, op.trim_gate)
+            self._out.append(ops.SparseUp(hidden, gated, x, norm, op.up, op.activation, by_rows=is_sparse))
+        else:
+            self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
+        return hidden
+
+    def _trimmed(self, x: Value, activation: Activation | None, trim: ops.Trim) -> Value:
+        out = self._new_value(x.width)
+        self._out.append(ops.TrimOp(out, x, activation, trim))
+        return out
 
     def _moe(self, op: ops.Moe) -> None:
         x, norm = self._input_of(op.x)

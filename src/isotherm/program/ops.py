@@ -8,6 +8,7 @@ group and never fuse; lowering replaces them by those of the second group, which
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from hashlib import sha256
 from typing import Any
 
 from isotherm.types import Activation, Experts, Rope
@@ -38,6 +39,23 @@ class NormWeights:
         if self.bias is not None:
             return f"layer({self.weight}, {self.bias}, eps={self.eps:.3g})"
         return f"rms({self.weight}, eps={self.eps:.3g})"
+
+
+@dataclass(frozen=True)
+class Trim:
+    """A lossy rule: what is below a threshold counts as 0, in the sequences of a batch that are trimmed.
+
+    thresholds: of magnitudes, float32 bytes by column (Lee et al. 2024; Liu et al. 2024). None: that of a token is the
+    mean of its magnitudes + `deviations` * their standard deviation (You et al. 2025). What is not a number stays.
+    """
+
+    thresholds: bytes | None
+    deviations: float = 0.0
+
+    def __str__(self) -> str:
+        if self.thresholds is None:
+            return f"trim(mean + {self.deviations:.6g} deviations)"
+        return f"trim({sha256(self.thresholds).hexdigest()[:16]})"
 
 
 # --- recorded -------------------------------------------------------------------------------------------------------
@@ -129,6 +147,8 @@ class Ffn:
     activation: Activation
     up_bias: str | None = None
     down_bias: str | None = None
+    trim_gate: Trim | None = None  # of the activated gate
+    trim_hidden: Trim | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +227,10 @@ class QuantGlu:
 
 @dataclass(frozen=True)
 class SparseUp:
-    """out = activation(gated) * (q(norm(x)) @ weight.T), of which rows are needed where activation(gated) is not 0."""
+    """out = activation(gated) * (q(norm(x)) @ weight.T), of which rows are needed where activation(gated) is not 0.
+
+    by_rows: whether those may be computed alone; else all are.
+    """
 
     out: Value
     gated: Value
@@ -215,6 +238,17 @@ class SparseUp:
     norm: NormWeights | None
     weight: str
     activation: Activation
+    by_rows: bool = True
+
+
+@dataclass(frozen=True)
+class TrimOp:
+    """out = x where the magnitude of activation(x) reaches the threshold, else 0."""
+
+    out: Value
+    x: Value
+    activation: Activation | None
+    trim: Trim
 
 
 @dataclass(frozen=True)
@@ -290,7 +324,7 @@ class AddNorm:
 
 
 RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Moe | Add | SelectRows
-SparseOp = SparseUp | SparseDown
+SparseOp = SparseUp | SparseDown | TrimOp
 ExpertOp = Route | ExpertGlu | ExpertDown
 FusedOp = QuantLinear | QuantGlu | SparseOp | ExpertOp | RopeAttention | AddNorm
 LoweredOp = FusedOp | Embed | EmbedPositions | SelectRows | Add
@@ -325,7 +359,7 @@ def show(item: Any) -> str:
         return str(item.value)
     if isinstance(item, float):
         return f"{item:.6g}"
-    if isinstance(item, Value | NormWeights | str | int) or item is None:
+    if isinstance(item, Value | NormWeights | Trim | str | int) or item is None:
         return str(item)
     if isinstance(item, Projection):
         bias = f" + {item.bias}" if item.bias else ""

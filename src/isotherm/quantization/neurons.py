@@ -1,8 +1,8 @@
 """Weights of an FFN in the order in which single neurons are read, beside their dense form (p32.py).
 
     rows     of up, for neurons that fire: a row of each, which is one lane of each P32 tile, units and fields in order
-    neurons  columns of down: for each neuron its codes for all outputs; then, block of 32 neurons by block, the scales
-             by output; then the minima alike, where the type has them
+    neurons  columns of down: for each neuron its codes for all outputs; then, group of neurons that share a scale by
+             group, the scales by output; then the minima alike, where the type has them
 
 Outputs are padded to a multiple of 128 with zeros. A line of 64 bytes has the codes of 64 outputs or, of types whose
 codes have at most four bits, of 128: the first 64 in its low halves. Within 64 outputs byte 16 l + 4 j + i is that of
@@ -20,7 +20,7 @@ from isotherm.quantization.layouts import CODE_BITS, F32, U8, VALUES, ZERO_POINT
 from isotherm.quantization.p32 import UNITS, padded_columns, tile_fields
 from isotherm.types import QuantType
 
-BLOCK_NEURONS = 32  # that share a scale
+BLOCK_NEURONS = 32  # that share an activation scale
 _OUTPUT_ALIGNMENT = 128
 _LINE_OUTPUTS = 64
 _TOO_LARGE = 2.0**105  # see the contract, 3
@@ -38,7 +38,7 @@ _TWO_SCALES = frozenset(
 _HALF_SCALES = frozenset(
     {QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1, QuantType.Q8_0, QuantType.IQ4_NL}
 )
-_MINIMA = frozenset({QuantType.Q4_1, QuantType.Q5_1, QuantType.Q4_K, QuantType.Q5_K})
+_MINIMA = frozenset({QuantType.Q4_1, QuantType.Q5_1, QuantType.Q4_K, QuantType.Q5_K, QuantType.Q2_K})
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,19 @@ class NeuronForm:
     is_nibble: bool
     is_half: bool  # scales and minima are float16, else float32
     has_minimum: bool
+    is_halved: bool  # scales and minima are of half a block
     zero_point: int
 
 
 def neuron_form(quant_type: QuantType) -> NeuronForm | None:
-    """None for types that have no such form: floats, and those with two scales in a block."""
-    if quant_type.is_float or quant_type in _TWO_SCALES:
+    """None for floats, which are not quantised against."""
+    if quant_type.is_float:
         return None
     return NeuronForm(
         is_nibble=CODE_BITS[quant_type] <= 4 and quant_type not in VALUES,
         is_half=quant_type in _HALF_SCALES,
         has_minimum=quant_type in _MINIMA,
+        is_halved=quant_type in _TWO_SCALES,
         zero_point=ZERO_POINTS.get(quant_type, 0),
     )
 
@@ -74,8 +76,9 @@ def neuron_bytes(quant_type: QuantType, num_outputs: int, num_neurons: int) -> i
     form = neuron_form(quant_type)
     assert form is not None
     outputs = _padded_outputs(num_outputs)
+    groups = num_neurons // BLOCK_NEURONS * (2 if form.is_halved else 1)
     planes = (2 if form.is_half else 4) * (1 + form.has_minimum)
-    return outputs * num_neurons // (2 if form.is_nibble else 1) + outputs * (num_neurons // BLOCK_NEURONS) * planes
+    return outputs * num_neurons // (2 if form.is_nibble else 1) + outputs * groups * planes
 
 
 def pack_rows(raw: U8, quant_type: QuantType, num_columns: int) -> U8:
@@ -114,7 +117,7 @@ def pack_neurons(raw: U8, quant_type: QuantType, num_neurons: int) -> U8:
 
 
 def _plane(values: F32, outputs: int, form: NeuronForm) -> U8:
-    """Scales [outputs, blocks] as bytes, block by block."""
+    """Scales [outputs, groups] as bytes, group by group."""
     plane: NDArray[np.floating] = np.zeros((values.shape[1], outputs), np.float16 if form.is_half else np.float32)
     plane[:, : len(values)] = values.T
     return plane.view(np.uint8).reshape(-1)

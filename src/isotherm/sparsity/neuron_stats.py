@@ -1,14 +1,8 @@
 """What a profile has counted of each neuron, and the file that keeps it.
 
-A file is a ZIP archive of NumPy arrays (.npz): `meta`, JSON text with format, version and what was profiled, and per
-layer i the arrays `i.NAME` of LayerStats. It is written whole under another name, synced and renamed.
+It is one of array_file.py: the meta says what was profiled, and layer i has the arrays `i.NAME` of LayerStats.
 """
 
-import json
-import os
-import struct
-import tempfile
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,16 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.errors import OptionError, StatsFileError
+from isotherm.errors import OptionError
+from isotherm.sparsity.array_file import reading, write_arrays
 from isotherm.types import Activation
 
-_FORMAT, _VERSION = "isotherm-neuron-stats", 1
-
-# what NumPy, zipfile and json raise of bytes that are not what they should be
-_DAMAGES = (
-    *(ValueError, KeyError, TypeError, EOFError, RuntimeError, OverflowError, MemoryError),
-    *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile),
-)
+_KIND = ("isotherm-neuron-stats", 1)
 
 NUM_BINS = 256
 _BINS_PER_OCTAVE = 8
@@ -100,44 +89,22 @@ class NeuronStats:
     def save(self, path: Path) -> None:
         """Raises OptionError where it cannot be written."""
         meta = {**asdict(self.profiled), "activation": self.profiled.activation.value}
-        text = json.dumps({"format": _FORMAT, "version": _VERSION, "num_layers": len(self.layers), **meta})
-        arrays: dict[str, NDArray[Any]] = {"meta": np.frombuffer(text.encode(), np.uint8)}
+        arrays: dict[str, NDArray[Any]] = {}
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.{name}": values for name, values in vars(layer).items()}
         try:
-            _write_whole(path, arrays)
+            write_arrays(path, _KIND, {"num_layers": len(self.layers), **meta}, arrays)
         except OSError as error:
             raise OptionError(f"{path} cannot be written: {error.strerror}; -o names another file") from error
 
 
-def _write_whole(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def load_stats(path: Path) -> NeuronStats:
     """Raises StatsFileError for what is no such file, is damaged, or contradicts itself."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return _read(archive)
-    except OSError as error:
-        raise StatsFileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except _DAMAGES as error:
-        raise StatsFileError(f"{path} holds no neuron statistics, or damaged ones: {error}; profile again") from error
+    with reading(path, _KIND, "neuron statistics", "profile again") as (meta, archive):
+        return _read(meta, archive)
 
 
-def _read(archive: Any) -> NeuronStats:
-    meta = json.loads(bytes(archive["meta"]).decode())
-    if meta.pop("format") != _FORMAT or meta.pop("version") != _VERSION:
-        raise ValueError("another format or version")
+def _read(meta: dict[str, Any], archive: Any) -> NeuronStats:
     num_layers = meta.pop("num_layers")
     profiled = Profiled(**{**meta, "activation": Activation(meta["activation"])})
     names = [field.name for field in fields(LayerStats)]

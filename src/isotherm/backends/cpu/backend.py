@@ -15,7 +15,7 @@ from isotherm.backends.cpu.step_facts import describe_steps, max_marks
 from isotherm.errors import UnsupportedModel
 from isotherm.program import ops
 from isotherm.program.batch import Batch
-from isotherm.program.ops import NormWeights, Value
+from isotherm.program.ops import NormWeights, Trim, Value
 from isotherm.program.recorder import Program
 from isotherm.program.recording import MARK, Recording, Walk
 from isotherm.program.rope import rope_table
@@ -80,13 +80,13 @@ class CompiledCpu:
         )
         assert finished, "stopped, though nothing was raised"
 
-    def _begin(self, batch: Batch) -> list[tuple[int, int, list[NDArray[np.int32]]]]:
+    def _begin(self, batch: Batch) -> list[tuple[int, int, list[NDArray[np.int32]], bool]]:
         end = max(sequence.num_cached + sequence.num_new for sequence in batch.sequences)
         if end > self._num_positions:
             self._fill_rope_tables(end)
         if self._walks is not None:
             self._walks.append(Walk(len(batch.token_ids), tuple((s.num_new, s.num_cached) for s in batch.sequences)))
-        return [(s.num_new, s.num_cached, list(s.page_tables)) for s in batch.sequences]
+        return [(s.num_new, s.num_cached, list(s.page_tables), s.is_trimmed) for s in batch.sequences]
 
     def logits(self, first: int, count: int, out: F32 | None = None) -> F32:
         if self._walks is not None:
@@ -186,9 +186,10 @@ class _Compiler:
                 pair = self._matrix(pair_name(op.gate, op.up))
                 b.glu(at[op.x], self._norm(op.norm), pair, op.activation.value, at[op.out])
             case ops.SparseUp():
-                rows, most = self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
-                x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-                b.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+                self._sparse_up(op)
+            case ops.TrimOp():
+                activation = op.activation.value if op.activation else ""
+                b.trim(at[op.x], activation, self._thresholds(op.trim), op.trim.deviations, at[op.out])
             case ops.SparseDown():
                 self._sparse_down(op)
             case ops.Route():
@@ -209,6 +210,17 @@ class _Compiler:
                 b.select(at[op.x], at[op.out])
             case _:
                 raise AssertionError(f"{type(op).__name__} is not a lowered op")
+
+    def _sparse_up(self, op: ops.SparseUp) -> None:
+        at = self.buffers.at
+        x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
+        rows, most = np.empty(0, np.uint8), -1
+        if op.by_rows:
+            rows, most = self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
+        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+
+    def _thresholds(self, trim: Trim) -> int:
+        return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))
 
     def _sparse_down(self, op: ops.SparseDown) -> None:
         at, name = self.buffers.at, neurons_name(op.weight)

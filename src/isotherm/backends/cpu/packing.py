@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
 from isotherm.quantization.neurons import neuron_form, pack_neurons, pack_rows
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
-from isotherm.quantization.packed_cache import open_or_build
+from isotherm.quantization.packed_cache import enforce_cap, open_or_build
 from isotherm.quantization.packed_file import (
+    SUFFIX,
     CacheUnavailable,
     EntryKind,
     EntrySpec,
@@ -46,7 +48,8 @@ def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Pr
     """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron."""
 
     def is_sparse(op: ops.Ffn) -> bool:
-        return op.activation.has_zeros and neuron_form(tensors[op.down].quant_type) is not None
+        has_zeros = op.activation.has_zeros or op.trim_gate is not None or op.trim_hidden is not None
+        return has_zeros and neuron_form(tensors[op.down].quant_type) is not None
 
     return lower(program, is_sparse)
 
@@ -117,21 +120,37 @@ def pack_in_memory(program: Program, tensors: Mapping[str, WeightTensor]) -> Pac
     return memory
 
 
-def open_packed(
-    program: Program, tensors: Mapping[str, WeightTensor], path: Path, identity: str, notify: Callable[[str], None]
-) -> PackedWeights:
-    """The packed weights of a lowered Program from the file `path`, which is made where it is missing or stale.
+@dataclass(frozen=True)
+class PackedCache:
+    """Where packed weights of a model file are kept, and how much of the disk all of them may take."""
 
-    identity: of the source file. Where the file cannot be written, `notify` hears why, and memory is used.
+    folder: Path
+    cap_bytes: int
+    model: str  # a name for the file
+    identity: str  # of the model file
+
+
+def open_packed(
+    program: Program, tensors: Mapping[str, WeightTensor], cache: PackedCache, notify: Callable[[str], None]
+) -> PackedWeights:
+    """The packed weights of a lowered Program from their file, which is made where it is missing or stale.
+
+    Programs that need other forms of the weights have files of their own. Where the file cannot be written, `notify`
+    hears why, and memory is used.
     """
+    entries = packed_entries(program, tensors)
+    forms = hashlib.sha256(repr([spec for spec, _ in entries]).encode()).hexdigest()
+    path = cache.folder / f"{cache.model}-{cache.identity[:16]}-{forms[:8]}{SUFFIX}"
 
     def build(sink: PackedSink) -> None:
         notify("packing the weights for this engine, once")
         pack_program(program, tensors, sink)
 
-    key = f"{identity} {hashlib.sha256(program.dump().encode()).hexdigest()}"
     try:
-        return open_or_build(path, key, build, notify)
+        weights = open_or_build(path, f"{cache.identity} {forms}", build, notify)
+        for evicted in enforce_cap(cache.folder, cache.cap_bytes, keep=path):
+            notify(f"removed {evicted.path.name} from the cache of packed models: it is full")
+        return weights
     except CacheUnavailable as error:
         notify(f"running without the cache of packed models: {error.strerror} ({error.filename})")
         return pack_in_memory(program, tensors)
@@ -150,7 +169,8 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
                 yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
             case ops.SparseUp():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
-                yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+                if op.by_rows:
+                    yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
             case ops.ExpertDown():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
             case ops.SparseDown():

@@ -59,6 +59,8 @@ class _Description:
                 return self._matmul("up, those that fire", [op.weight])
             case ops.SparseDown():
                 return self._matmul("down, those that fire", [op.weight])
+            case ops.TrimOp():
+                return StepFacts("trim", self._layer)
             case ops.Route():
                 return StepFacts("route", self._layer)
             case ops.ExpertGlu():

@@ -18,7 +18,7 @@ from isotherm.program.recorder import PAGE_TOKENS, Program
 from isotherm.program.recording import Recording
 from isotherm.program.rope import rope_table
 from isotherm.quantization.layouts import Fields, decode, dequantise
-from isotherm.types import Rope
+from isotherm.types import Activation, Rope
 
 F32 = NDArray[np.float32]
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class CompiledReference:
             case ops.Attention():
                 values[op.out] = self._attention(op, values, batch, exact=False)
             case ops.Ffn():
-                values[op.out] = self._ffn(values[op.x], op)
+                values[op.out] = self._ffn(values[op.x], op, batch)
             case ops.Moe():
                 weights = (w.floats(name) for name in (op.router, op.gate, op.up, op.down))
                 values[op.out] = experts.moe_float32(values[op.x], op, *weights)
@@ -168,10 +168,12 @@ class CompiledReference:
             case ops.SparseUp():
                 up = self._project(*self._quantise(values[op.x], op.norm), op.weight)
                 values[op.out] = contract.glu(values[op.gated], up, op.activation)
+            case ops.TrimOp():
+                x = values[op.x]
+                values[op.out] = self._trim(contract, x, op.activation, op.trim, self._trimmed_rows(len(x), batch))
             case ops.SparseDown():
-                y = self._project(*self._quantise(values[op.x], None), op.weight) + (
-                    w.vector(op.bias) if op.bias else 0
-                )
+                bias = w.vector(op.bias) if op.bias else 0
+                y = self._project(*self._quantise(values[op.x], None), op.weight) + bias
                 values[op.out] = y if op.residual is None else values[op.residual] + y
             case ops.Route():
                 values[op.out] = experts.route(values[op.logits], op.experts.num_used)
@@ -194,13 +196,29 @@ class CompiledReference:
             normed = arithmetic.layer_norm(x, weight, self._weights.vector(norm.bias), norm.eps)
         return normed
 
-    def _ffn(self, x: F32, op: ops.Ffn) -> F32:
-        w = self._weights
+    def _trim(
+        self, arithmetic: Any, x: F32, activation: Activation | None, trim: ops.Trim | None, trimmed: NDArray[np.bool_]
+    ) -> F32:
+        """arithmetic: of `contract` or of `float32`; trimmed [tokens]."""
+        if trim is None:
+            return x
+        thresholds = None if trim.thresholds is None else np.frombuffer(trim.thresholds, np.float32)
+        return np.where(trimmed[:, None], arithmetic.trim(x, activation, thresholds, trim.deviations), x)
+
+    def _trimmed_rows(self, num_rows: int, batch: Batch) -> NDArray[np.bool_]:
+        """Of all tokens, or, behind SelectRows, of those that give logits."""
+        trimmed = batch.trimmed_rows()
+        return trimmed if len(trimmed) == num_rows else trimmed[batch.logit_rows]
+
+    def _ffn(self, x: F32, op: ops.Ffn, batch: Batch) -> F32:
+        w, trimmed = self._weights, self._trimmed_rows(len(x), batch)
         up = x @ w.floats(op.up).T + (w.vector(op.up_bias) if op.up_bias else 0)
         if op.gate is None:
             hidden = float32.activate(up, op.activation)
         else:
-            hidden = float32.glu(x @ w.floats(op.gate).T, up, op.activation)
+            gate = self._trim(float32, x @ w.floats(op.gate).T, op.activation, op.trim_gate, trimmed)
+            hidden = float32.glu(gate, up, op.activation)
+        hidden = self._trim(float32, hidden, None, op.trim_hidden, trimmed)
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
         return out
 

@@ -134,7 +134,23 @@ def glu(gate: F32, up: F32, activation: Activation) -> F32:
     activated = activate(gate, activation)
     if activation is Activation.DRELU:
         up = np.maximum(up, np.float32(0.0))
-    return activated * (np.where(activated == 0, np.float32(0.0), up) if activation.has_zeros else up)
+    return activated * np.where(activated == 0, np.float32(0.0), up)
+
+
+def trim(x: F32, activation: Activation | None, thresholds: F32 | None, deviations: float) -> F32:
+    """x [tokens, n] with 0 where the magnitude of activation(x) is below the threshold of its column or token."""
+    magnitude = np.abs(activate(x, activation) if activation else x)
+    if thresholds is None:
+        n = np.float32(x.shape[1])
+        sums, squares = (np.zeros((len(x), LANES), np.float32) for _ in range(2))
+        for vector in np.moveaxis(_padded(magnitude, LANES).reshape(len(x), -1, LANES), 1, 0):
+            sums = sums + vector
+            squares = fma(vector, vector, squares)
+        mean = sum_lanes(sums) / n
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large to square trims nothing
+            variance = np.maximum(np.float32(0), sum_lanes(squares) / n - mean * mean)
+            thresholds = fma(np.sqrt(variance), np.float32(deviations), mean)[:, None]
+    return np.where(magnitude < thresholds, np.float32(0.0), x)
 
 
 def activate(x: F32, activation: Activation) -> F32:

@@ -26,6 +26,15 @@ def glu(gate: F32, up: F32, activation: Activation) -> F32:
     return activate(gate, activation) * (np.maximum(up, 0) if activation is Activation.DRELU else up)
 
 
+def trim(x: F32, activation: Activation | None, thresholds: F32 | None, deviations: float) -> F32:
+    """x [tokens, n] with 0 where the magnitude of activation(x) is below the threshold of its column or token."""
+    magnitude = np.abs(activate(x, activation) if activation else x)
+    if thresholds is None:
+        spread = magnitude.std(axis=1, keepdims=True, dtype=np.float32)
+        thresholds = magnitude.mean(axis=1, keepdims=True, dtype=np.float32) + np.float32(deviations) * spread
+    return np.where(magnitude < thresholds, np.float32(0.0), x)
+
+
 def activate(x: F32, activation: Activation) -> F32:
     if activation.has_zeros:
         positive: F32 = np.maximum(x, 0)

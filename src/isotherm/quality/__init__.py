@@ -1,0 +1,1 @@
+"""Which lossy rule is the fastest within a budget of quality?"""
