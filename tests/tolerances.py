@@ -5,6 +5,9 @@
 # contract.exp against exp in float64: 2.1e-8 of the polynomial and half a unit in the last place (6e-8) of the last
 # rounding, with a little of the roundings before it. Measured: 8.9e-8.
 EXP_RELATIVE = 1.0e-7
+# Weights of experts against softmax in float64: a difference of logits up to 87 is rounded (87 * 6e-8, which is a share
+# of its exp), and so is each step of a sum of up to 64. Measured: 6e-7.
+ROUTE_RELATIVE = 1.0e-5
 
 # --- the float32 program ---
 

@@ -266,6 +266,9 @@ void bind_executor(nb::module_& m) {
       .def("up", &ProgramBuilder::up)
       .def("trim", &ProgramBuilder::trim)
       .def("down", &ProgramBuilder::down)
+      .def("route", &ProgramBuilder::route)
+      .def("expert_glu", &ProgramBuilder::expert_glu)
+      .def("expert_down", &ProgramBuilder::expert_down)
       .def("attention", &ProgramBuilder::attention)
       .def("add_norm", &ProgramBuilder::add_norm)
       .def("select", &ProgramBuilder::select);

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <iterator>
@@ -180,6 +181,31 @@ class ProgramBuilder {
     arrays_.push_back(nb::cast(neurons));
   }
 
+  void route(int logits, int num_experts, int num_used, int out) {
+    require(num_used > 0 && num_used <= num_experts && num_used <= kMaxExpertsUsed, "route: experts");
+    require(width(logits) == num_experts && width(out) == 2 * num_used, "route: widths");
+    program_.steps.push_back(RouteStep{logits, out, num_experts, num_used});
+  }
+
+  void expert_glu(int x, NormRef norm_ref, int routes, int matrix, const std::string& activation, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, false, norm_ref, routes, m);
+    const int ffn_size = m.rows / input.num_experts;
+    require(m.is_pair && m.columns == width(x) && width(out) == input.num_used * ffn_size, "expert_glu: shapes");
+    require(ffn_size % kTileRows == 0, "expert_glu: whole panels");
+    program_.steps.push_back(ExpertGluStep{input, m, activation_named(activation), out});
+  }
+
+  void expert_down(int x, int routes, int matrix, int residual, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, true, {}, routes, m);
+    require(!m.is_pair && width(x) == input.num_used * m.columns && m.rows / input.num_experts == width(out),
+            "expert_down: shapes");
+    require(width(out) % kPanelRows == 0, "expert_down: whole panels");
+    require(residual < 0 || width(residual) == width(out), "expert_down: residual");
+    program_.steps.push_back(ExpertDownStep{input, m, residual, out});
+  }
+
   void attention(const AttentionSpec& s) {
     const KvPool& pool = program_.pools.at(s.state);
     const auto [rope_table, num_positions, rope_dims] =
@@ -225,6 +251,29 @@ class ProgramBuilder {
     const Matrix& m = matrices_.at(matrix);
     require(m.is_pair && m.columns == width(x) && m.rows == width(out), "glu: shapes");
     return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
+  }
+
+  // Ids are not checked while they run: `routes` must come from a route.
+  ExpertInput expert_input(int x, bool has_ranks, NormRef norm_ref, int routes, const Matrix& m) const {
+    const auto writes = [&](const Step& step) {
+      return std::visit(
+          [&](const auto& s) {
+            if constexpr (requires { s.linear; })
+              return s.linear.projections[0].out == routes;
+            else if constexpr (requires { s.projections; })
+              return std::any_of(s.projections.begin(), s.projections.end(),
+                                 [&](const Projection& p) { return p.out == routes; });
+            else
+              return s.out == routes;
+          },
+          step);
+    };
+    const auto& steps = program_.steps;
+    const auto last = std::find_if(steps.rbegin(), steps.rend(), writes);
+    require(last != steps.rend() && std::holds_alternative<RouteStep>(*last), "experts: routes");
+    const RouteStep& route = std::get<RouteStep>(*last);
+    require(m.rows % route.num_experts == 0, "experts: rows");
+    return {x, has_ranks, norm(norm_ref, width(x)), routes, route.num_experts, route.num_used};
   }
 
   int width(int buffer) const { return program_.widths.at(buffer); }

@@ -11,6 +11,7 @@ constexpr int kChunkColumns = 256;
 constexpr int kMaxFewRows = 8;  // of KernelTable::few_rows
 constexpr int kPageTokens = 64;
 constexpr int kAttentionBlock = 512;  // positions of one softmax block
+constexpr int kMaxExpertsUsed = 64;   // of a token; a multiple of kTileRows
 
 // clang-format off
 enum class WeightType : int {
@@ -119,6 +120,17 @@ struct TrimArgs {
   float* out;
 };
 
+// What the experts of a row say, 32 columns of it: out = sum over ranks of weights[rank] * totals[places[rank]], then
+// residual +.
+struct MixArgs {
+  const float* totals;  // [][32]
+  const int32_t* places;
+  const float* weights;
+  int num_used;
+  const float* residual;  // or null
+  float* out;
+};
+
 struct RopeArgs {
   const float* table;  // [dims]: cosines, then sines, of this position
   int dims;
@@ -192,6 +204,9 @@ struct KernelTable {
   void (*attend)(const AttendArgs& args);                                    // all blocks, in order
   void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
   void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);
+  // out [2 * num_used]: ids of the experts with the largest logits, then their weights
+  void (*route)(const float* logits, int num_experts, int num_used, float* out);
+  void (*mix)(const MixArgs& args);
 };
 
 inline int bundle_rows(const KernelTable& kernels, int num_rows) {

@@ -34,6 +34,22 @@ class Arena {
 // Up to so many rows each thread quantises the input for itself: cheaper than a barrier and other caches' dirty lines.
 constexpr int kRedundantRows = 2;
 
+// The rows that one expert computes. Their places, in the order of all groups, are where totals stand, and what is read
+// of the input, which is gathered so; but a single row that all experts read stands there once.
+struct ExpertGroup {
+  int expert, first, count;  // places
+  int input_first, bundle_rows;
+};
+
+// How the rows of a batch are shared out among experts. A member is a row and a rank: row * num_used + rank.
+struct ExpertGroups {
+  ExpertGroup* groups;  // experts rising
+  int count;
+  int32_t* places;     // by member
+  int32_t* members;    // by place
+  int32_t* by_expert;  // its group
+};
+
 class Executor {
  public:
   Executor(NativeProgram program, const KernelTable& kernels, int num_threads);
@@ -93,12 +109,13 @@ class Executor {
     uint8_t* fires = nullptr;  // by neuron
     int32_t* ids = nullptr;    // of neurons that fire
     float* sums = nullptr;     // of down, row by row
+    ExpertGroups groups{};
   };
   struct alignas(64) Counter {
     std::atomic<int> next{0};
   };
 
-  QuantRows make_rows(int num_rows, int columns, const InputNeeds& needs);
+  QuantRows make_rows(size_t elements, const InputNeeds& needs);
   template <class T>
   T* allocate(size_t count);
   void measure();
@@ -127,10 +144,14 @@ class Executor {
   bool run_step(const UpStep& step, size_t index, int thread);
   bool run_step(const TrimStep& step, size_t index, int thread);
   bool run_step(const DownStep& step, size_t index, int thread);
+  bool run_step(const RouteStep& step, size_t index, int thread);
+  bool run_step(const ExpertGluStep& step, size_t index, int thread);
+  bool run_step(const ExpertDownStep& step, size_t index, int thread);
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
+  const float* normed(int x, const Norm& norm, int row, int columns, int thread);
   // Rows that are no single bundle are computed whole: together they fire most neurons.
   bool is_sparse(int num_rows) const { return num_rows <= kernels_.few_rows; }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
@@ -139,6 +160,13 @@ class Executor {
   int find_firing(const UpStep& step, int num_rows, int thread);
   void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
   void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
+  int expert_of(const ExpertInput& input, int row, int rank) const {
+    return static_cast<int>(buffers_[input.routes].row(row)[rank]);
+  }
+  void group_rows(const ExpertInput& input, int num_rows, ExpertGroups& found);
+  bool gather(const ExpertInput& input, const Matrix& w, size_t index, int thread, QuantRows& rows);
+  void multiply_group(const Matrix& w, int num_experts, const ExpertGroup& group, int panel, const QuantRows& rows,
+                      float* totals);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);

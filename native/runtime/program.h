@@ -35,6 +35,16 @@ struct InputNeeds {
       values |= type == WeightType::F32 || type == WeightType::F16 || type == WeightType::BF16;
     }
   }
+
+  // `rows` as an input of so many columns, without what no weight reads.
+  QuantRows part_of(QuantRows rows, int columns) const {
+    rows.columns = (columns + 63) / 64 * 64;
+    for (int i = 0; i < kNumStarts; i++)
+      if (!starts[i]) rows.starts[i] = nullptr;
+    if (!half_sums) rows.half_sums = nullptr;
+    if (!values) rows.values = nullptr;
+    return rows;
+  }
 };
 
 struct Norm {
@@ -117,6 +127,38 @@ struct DownStep {
   NeuronMatrix neurons;
 };
 
+// Which experts compute a row: their ids by rank, then their weights.
+struct RouteStep {
+  int logits, out;
+  int num_experts, num_used;
+};
+
+// Rows that experts read: those of an expert stand together.
+struct ExpertInput {
+  int x;
+  bool has_ranks;  // whether x has a row for each rank, side by side
+  Norm norm;       // of x
+  int routes;      // what a RouteStep wrote
+  int num_experts, num_used;
+
+  int panels_used(const Matrix& m) const { return m.num_panels() / num_experts * num_used; }  // by a row
+};
+
+// Hidden values of the experts of each row, side by side.
+struct ExpertGluStep {
+  ExpertInput input;
+  Matrix weight;  // pairs of all experts, each of whole panels
+  Activation activation;
+  int out;
+};
+
+struct ExpertDownStep {
+  ExpertInput input;  // x: hidden values
+  Matrix weight;      // of all experts, each of whole panels
+  int residual;       // buffer, or -1
+  int out;
+};
+
 struct AttentionStep {
   int q, k, v, out;
   Norm q_norm, k_norm;
@@ -137,8 +179,8 @@ struct SelectStep {
   int x, out;
 };
 
-using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, AttentionStep,
-                          AddNormStep, SelectStep>;
+using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, RouteStep,
+                          ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
 
 // Whether it has weights by neuron.
 inline bool has_neurons(const Step& step) {

@@ -121,6 +121,14 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: how many FFNs a layer has, and how many of them compute a token."""
+
+    num_experts: int
+    num_used: int  # up to num_experts
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a family's recorder needs to know of a model, whatever file it came from."""
 
@@ -128,7 +136,7 @@ class ModelConfig:
     name: str
     num_layers: int
     hidden_size: int
-    ffn_size: int
+    ffn_size: int  # of one expert, where there are experts
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -145,6 +153,7 @@ class ModelConfig:
     local_rope: Rope | None = None
     global_every: int | None = None
     first_position_row: int = 0  # of the table of learned positions: the row of position 0
+    experts: Experts | None = None  # None: an FFN that computes every token
     shared_norm: bool = False  # of attention and FFN side by side: both read one norm
 
 

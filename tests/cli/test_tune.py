@@ -9,8 +9,9 @@ from tiny_models import write_tiny
 
 import isotherm
 from isotherm.cli import main
+from isotherm.program.ops import Trim
 from isotherm.quality import tuning
-from isotherm.quality.choice import load_choice
+from isotherm.quality.choice import Choice, LayerTrims, load_choice
 from isotherm.quality.search import Candidate
 from isotherm.types import QuantType
 
@@ -99,6 +100,25 @@ def test_nothing_is_faster(
     assert "nothing is faster than the exact model here" in capsys.readouterr().out
     with isotherm.load(tiny, quality="kl=0.02") as model:
         assert not model.program.is_trimmed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
+def test_experts_are_refused(
+    family: str, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path / "cache"))
+    path = str(write_tiny(tmp_path / "moe.gguf", family, QuantType.Q4_0, num_experts=4))
+    choice = tmp_path / "choice.npz"
+    Choice("kl=0.1", "cats", (LayerTrims(gate=Trim(None, 0.5)),) * 2, None).save(choice)
+    for arguments in (
+        ("tune", path, "--text", text_file, "--quality", "kl=0.1"),
+        ("run", path, "the other", "--quality", "kl=0.1"),
+        ("run", path, "the other", "--quality", str(choice)),
+    ):
+        assert main(arguments) == 2
+        streams = capsys.readouterr()
+        assert f"quality {arguments[-1]}: experts are not tuned: lossy rules take models with one FFN" in streams.err
+        assert "packing" not in streams.err, "it is said before anything is computed"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 import isotherm
 from isotherm.formats.checkpoint import open_checkpoint
+from isotherm.program import ops
 
 ROOT = Path(__file__).parents[2]
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -50,6 +51,23 @@ def test_a_synthetic_model_has_sane_weights_and_opens(tmp_path: Path, shape: str
         assert checkpoint.quantization.startswith(type_name)
         assert checkpoint.config.vocab_size == 512
         assert checkpoint.config.family == ("falcon" if shape.startswith("falcon") else "llama")
+
+
+@pytest.mark.parametrize("shape", ["tiny-mixtral", "tiny-qwen3moe"])
+def test_synthetic_experts_are_all_used(tmp_path: Path, shape: str) -> None:
+    path = write_synthetic(tmp_path / "synthetic.gguf", "Q4_K", shape)
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert 0.7 < values.std() * math.sqrt(values.shape[-1]) < 1.2, tensor.name
+    with isotherm.load(path, threads=1, cache_bytes=0) as model:
+        experts = model.facts.config.experts
+        assert experts is not None
+        assert experts.num_used < experts.num_experts
+        routes = [op.out for op in model.program.ops if isinstance(op, ops.Route)]
+        chosen: list[int] = []
+        model.observe(list(range(200)), set(routes), lambda _, rows: chosen.extend(rows[:, : experts.num_used].flat))
+        assert set(chosen) == set(range(experts.num_experts))
 
 
 def test_a_synthetic_model_runs_and_takes_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

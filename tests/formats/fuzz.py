@@ -73,7 +73,13 @@ def make_corpus(folder: Path) -> list[tuple[bytes, int]]:
     raw = RawGguf()
     corpus = [(raw.build(), len(raw.header()))]
     sizes: dict[str, Any] = {"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "num_layers": 1}
-    for family, quant_type in (("llama", QuantType.Q8_0), ("qwen2", QuantType.Q4_0), ("gemma3", QuantType.F16)):
+    models = {
+        "llama": QuantType.Q8_0,
+        "qwen2": QuantType.Q4_0,
+        "qwen3moe": QuantType.Q4_1,
+        "gemma3": QuantType.F16,
+    }
+    for family, quant_type in models.items():
         for vocab in ("bpe", "spm"):
             path = write_tiny(folder / "sound.gguf", family, quant_type, vocab=vocab, **sizes)
             data = path.read_bytes()

@@ -254,6 +254,7 @@ def test_contradictions_are_named(
         ({}, {"blk.0.fc3.weight": halves(8, 64)}, "'blk.0.fc3.weight' has no place"),
         ({}, {DOWN_T: by_type(np.ones((160, 64), np.float32), QuantType.Q8_0)}, "stored by neuron as Q8_0; supported"),
         ({"general.architecture": "qwen2"}, {}, "a file of PowerInfer with the architecture qwen2; known of them are"),
+        ({"llama.expert_count": 4}, {}, "llama.expert_count is 4; PowerInfer's files of experts are not supported"),
         ({"isotherm.activation": "silu"}, {}, "isotherm.activation is not relu, which PowerInfer's llama has"),
     ],
 )

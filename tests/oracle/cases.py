@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.types import Activation, ModelConfig, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 F32 = NDArray[np.float32]
 
@@ -127,6 +127,36 @@ CASES = (
         adds_one=True,
     ),
     OracleCase(
+        "mixtral",
+        replace(_LLAMA, experts=Experts(5, 2)),
+        "MixtralForCausalLM",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+    ),
+    OracleCase(
+        "qwen3",
+        replace(_LLAMA, family="qwen3", rope=Rope(1_000_000.0, 32), head_dim=32, tied_head=True),
+        "Qwen3ForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "use_sliding_window": False},
+    ),
+    OracleCase(
+        "qwen3moe",
+        replace(_LLAMA, family="qwen3moe", ffn_size=48, rope=Rope(1_000_000.0, 16), experts=Experts(12, 4)),
+        "Qwen3MoeForCausalLM",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "use_sliding_window": False,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    OracleCase(
         "relu-llama",
         replace(_LLAMA, activation=Activation.RELU),
         "LlamaForCausalLM",
@@ -208,8 +238,13 @@ def weights(config: ModelConfig) -> dict[str, F32]:
             del layer["ffn_norm"]
         layer |= {f"{name}_bias": (hidden,) for name in layer if name.endswith("norm")}
         shapes["final_norm_bias"] = (hidden,)
-    if config.family == "gemma3":
+    if config.family in ("gemma3", "qwen3", "qwen3moe"):
         layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    if config.experts:
+        num_experts = config.experts.num_experts
+        layer |= {name: (num_experts * layer[name][0], layer[name][1]) for name in ("gate", "up", "down")}
+        layer["router"] = (num_experts, hidden)
+    if config.family == "gemma3":
         layer |= {"post_attn_norm": (hidden,), "post_ffn_norm": (hidden,)}
     for i in range(config.num_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}

@@ -33,6 +33,7 @@ _LAYER_NAMES = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
+_EXPERT_NAMES = {"router": "mlp.gate.weight", "gate+up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 _GEMMA_LAYER_NAMES = _LAYER_NAMES | {
     "post_attn_norm": "post_attention_layernorm.weight",
     "ffn_norm": "pre_feedforward_layernorm.weight",
@@ -88,7 +89,9 @@ def answer(case: OracleCase) -> F32:
         }
     config = model_class.config_class(**shared, **case.hf_config)
     model = model_class(config).to(torch.float32).eval()
-    ours = _fuse_qkv(c, weights(c)) if c.family == "falcon" else weights(c)
+    ours = _with_stacks(c, weights(c))
+    if c.family == "falcon":
+        ours = _fuse_qkv(c, ours)
     state = {_hf_name(case, name): torch.from_numpy(_hf_values(case, name, w)) for name, w in ours.items()}
     left = model.load_state_dict(state, strict=False)
     assert not left.unexpected_keys, left.unexpected_keys
@@ -98,6 +101,25 @@ def answer(case: OracleCase) -> F32:
         logits = model(torch.from_numpy(case.token_ids.astype(np.int64))[None], use_cache=False).logits
     values: F32 = logits[0].numpy()
     return values
+
+
+def _with_stacks(config: ModelConfig, ours: dict[str, F32]) -> dict[str, F32]:
+    """Matrices of experts as transformers has them: [experts, rows, columns], gate above up."""
+    if not config.experts:
+        return ours
+    out = dict(ours)
+    for i in range(config.num_layers):
+        name = f"layers.{i}"
+        gate, up, down = (
+            out.pop(f"{name}.{part}").reshape(config.experts.num_experts, -1, columns)
+            for part, columns in (
+                ("gate", config.hidden_size),
+                ("up", config.hidden_size),
+                ("down", config.ffn_size),
+            )
+        )
+        out |= {f"{name}.gate+up": np.concatenate([gate, up], axis=1), f"{name}.down": down}
+    return out
 
 
 def _fuse_qkv(config: ModelConfig, ours: dict[str, F32]) -> dict[str, F32]:
@@ -128,6 +150,8 @@ def _hf_name(case: OracleCase, name: str) -> str:
         return _GLOBAL_NAMES[name]
     _, layer, part = name.split(".")
     names = _GEMMA_LAYER_NAMES if case.config.family == "gemma3" else _LAYER_NAMES
+    if case.config.experts:
+        names = names | _EXPERT_NAMES
     return f"model.layers.{layer}.{names[part]}"
 
 

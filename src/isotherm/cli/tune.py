@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isotherm.cli.console import notice, print_json, print_table
+from isotherm.cli.console import TerminalReporter, notice, print_json, print_table
 from isotherm.cli.flags import JsonOption, ModelArgument, takes
 from isotherm.cli.loading import loaded
 from isotherm.cli.perplexity import read_text
@@ -95,12 +95,13 @@ def _tune(plan: "Plan", model: str, settings: Settings) -> tuple[Path, "Tuned"]:
     """What was chosen, and the file that keeps it."""
     from isotherm.formats.checkpoint import open_checkpoint
     from isotherm.formats.folders import cache_dir
+    from isotherm.formats.names import resolve
     from isotherm.models import FAMILIES
     from isotherm.quality.choice import Choice, choice_path
     from isotherm.quality.tuning import tune as run
 
-    with loaded(model, settings) as generator:
-        source = generator.facts.path
+    with TerminalReporter() as reporter:
+        source = resolve(model, reporter, offline=settings.offline)
     with tempfile.TemporaryDirectory() as folder, open_checkpoint(source) as checkpoint:
 
         @contextmanager

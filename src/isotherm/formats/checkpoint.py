@@ -26,7 +26,8 @@ class Checkpoint:
 
     Tensors go by canonical names: `embed`, `final_norm`, `head` (absent where tied to embed) and, per layer i,
     `layers.{i}.` with attn_norm, q, k, v, q_bias, k_bias, v_bias, o, q_norm, k_norm, post_attn_norm, ffn_norm, gate,
-    up, down, post_ffn_norm, as far as the family has them; OPT also has `positions`, and `_bias` behind the name of
+    up, down, post_ffn_norm, as far as the family has them; a mixture of experts also `router`, its gate, up and down
+    being those of all experts, one below the other; OPT also has `positions`, and `_bias` behind the name of
     every other vector and matrix, Falcon behind that of every norm. Rotary pairs of q and k stand in halves.
     """
 
@@ -39,6 +40,19 @@ class Checkpoint:
     num_parameters: int
     metadata: Mapping[str, bool | int | float | str]  # the file's own keys (general.license, ...), for a person to read
     _file: GgufFile = field(repr=False)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that compute a token: of experts the ones that it uses."""
+        experts = self.config.experts
+        if experts is None:
+            return self.num_parameters
+        in_experts = sum(
+            tensor.shape[0] * tensor.shape[1]
+            for name, tensor in self.tensors.items()
+            if name.endswith((".gate", ".up", ".down"))
+        )
+        return self.num_parameters - in_experts // experts.num_experts * (experts.num_experts - experts.num_used)
 
     @property
     def num_bytes(self) -> int:

@@ -28,9 +28,9 @@ _LAYER_TENSORS = {
     "down": "ffn_down.weight",
 }
 QKV_BIASES = {"q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias"}
+_HEAD_NORM_TENSORS = {"q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight"}
 _GEMMA_TENSORS = {
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
+    **_HEAD_NORM_TENSORS,
     "post_attn_norm": "post_attention_norm.weight",
     "post_ffn_norm": "post_ffw_norm.weight",
 }
@@ -59,7 +59,7 @@ _FINAL_NORM_BIAS = {"final_norm_bias": "output_norm.bias"}
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture of GGUF maps to canonical names; `qkv_bias` None: as the file has it."""
+    """How one architecture of GGUF maps to canonical names; `qkv_bias`, `has_experts` None: as the file has it."""
 
     layer_tensors: Mapping[str, str]
     global_tensors: Mapping[str, str] = field(default_factory=dict)  # beside those that all have
@@ -73,14 +73,22 @@ class Family:
     sliding_window: bool = False
     fused_qkv: bool = False  # rows of q, then of k, then of v, in one matrix
     parallel_residual: bool = False  # attention and FFN side by side; they may share a norm
+    has_experts: bool | None = False
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        _LAYER_TENSORS, qkv_bias=None, interleaved_rope=True, rope_factors=True, named_activations=tuple(Activation)
+        _LAYER_TENSORS,
+        qkv_bias=None,
+        interleaved_rope=True,
+        rope_factors=True,
+        named_activations=tuple(Activation),
+        has_experts=None,
     ),
     "bamboo": Family(_LAYER_TENSORS, interleaved_rope=True, activation=Activation.DRELU),
     "qwen2": Family(_LAYER_TENSORS, qkv_bias=True),
+    "qwen3": Family(_LAYER_TENSORS | _HEAD_NORM_TENSORS),
+    "qwen3moe": Family(_LAYER_TENSORS | _HEAD_NORM_TENSORS, has_experts=True),
     "gemma3": Family(_LAYER_TENSORS | _GEMMA_TENSORS, sliding_window=True),
     "opt": Family(
         _OPT_TENSORS, {"positions": POSITIONS, **_FINAL_NORM_BIAS}, eps_key="layer_norm_epsilon", has_rope=False

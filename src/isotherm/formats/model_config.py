@@ -4,16 +4,18 @@ What would change the arithmetic and is not understood here is refused, never sk
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats import powerinfer
+from isotherm.formats.experts import NEUTRAL_EXPERT_KEYS, expert_ffn_size, read_experts
 from isotherm.formats.families import EMBED, FAMILIES, HEAD, POSITIONS, QKV_BIASES, ROPE_FACTORS, SECOND_NORM
 from isotherm.formats.gguf import GgufFile
 from isotherm.formats.metadata import Metadata, quoted
 from isotherm.formats.model_tensors import check_shape, find_tensor
-from isotherm.types import Activation, ModelConfig, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 MAX_LAYERS = 1 << 10
 MAX_HIDDEN_SIZE = 1 << 17
@@ -30,7 +32,6 @@ _QKV_LAYOUT = "jploski"  # how llama.cpp calls the order of rows in a fused matr
 
 # Keys that change the arithmetic, by the values at which they do not.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
-    "expert_count": (0,),
     "final_logit_softcapping": (0,),
     "attn_logit_softcapping": (0,),
     "logit_scale": (0, 1),
@@ -74,7 +75,8 @@ def read_config(file: GgufFile) -> ModelConfig:
     num_layers = metadata.integer(f"{name}.block_count", low=1, high=MAX_LAYERS)
     head_dim = _head_dim(metadata, name, hidden_size, num_heads)
     context_tokens, first_position_row = _context(file, name)
-    _refuse_variants(metadata, name)
+    experts = read_experts(file, name, family.has_experts)
+    _refuse_variants(metadata, name, NEUTRAL_EXPERT_KEYS if experts else {})
     rope = _rope(file, name, head_dim) if family.has_rope else None
     window = metadata.integer(f"{name}.attention.sliding_window", low=0, high=MAX_CONTEXT_TOKENS, default=0)
     if window and not family.sliding_window and window < context_tokens:
@@ -85,7 +87,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         name=_display_name(metadata),
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_size=metadata.uniform_integer(f"{name}.feed_forward_length", low=1, high=MAX_FFN_SIZE),
+        ffn_size=_ffn_size(metadata, name, experts),
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(metadata, name, num_heads),
         head_dim=head_dim,
@@ -101,6 +103,7 @@ def read_config(file: GgufFile) -> ModelConfig:
         local_rope=_local_rope(metadata, name, rope.dims) if is_windowed and rope else None,
         global_every=_global_every(metadata, name) if is_windowed else None,
         first_position_row=first_position_row,
+        experts=experts,
         shared_norm=family.parallel_residual and f"blk.0.{SECOND_NORM}" not in file.tensors,
     )
 
@@ -126,9 +129,14 @@ def _num_kv_heads(metadata: Metadata, name: str, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _refuse_variants(metadata: Metadata, name: str) -> None:
+def _ffn_size(metadata: Metadata, name: str, experts: Experts | None) -> int:
+    own = expert_ffn_size(metadata, name, MAX_FFN_SIZE) if experts else None
+    return own or metadata.uniform_integer(f"{name}.feed_forward_length", low=1, high=MAX_FFN_SIZE)
+
+
+def _refuse_variants(metadata: Metadata, name: str, expert_keys: Mapping[str, tuple[float, ...]]) -> None:
     family = FAMILIES[name]
-    neutral_values = _NEUTRAL | {"use_parallel_residual": (family.parallel_residual,)}
+    neutral_values = {**_NEUTRAL, **expert_keys, "use_parallel_residual": (family.parallel_residual,)}
     for suffix, neutral in neutral_values.items():
         value = metadata.values.get(f"{name}.{suffix}", neutral[0])
         if not isinstance(value, bool | int | float) or value not in neutral:

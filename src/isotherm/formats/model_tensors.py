@@ -4,6 +4,7 @@ from pathlib import Path
 
 from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats import powerinfer
+from isotherm.formats.experts import EXPERT_TENSORS, check_stack, expert_shapes
 from isotherm.formats.families import FAMILIES, GLOBAL_TENSORS, QKV_BIASES, ROPE_FACTORS, SHARED_NORM_TENSORS, Family
 from isotherm.formats.gguf import GgufFile, GgufTensor
 from isotherm.formats.metadata import quoted
@@ -53,6 +54,9 @@ def _source(
         q_rows, kv_rows = shapes["q"][0], shapes["k"][0]
         first_row = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}[suffix]
         return TensorSource(canonical, tensor.quant_type, shape, tensor, _first_row=first_row)
+    if config.experts and suffix in ("gate", "up", "down"):
+        check_stack(file, tensor, config.experts, shape)
+        return TensorSource(canonical, tensor.quant_type, shape, tensor)
     check_shape(file.path, tensor, shape)
     is_rotated = suffix in ("q", "k", "q_bias", "k_bias")
     if is_rotated and family.interleaved_rope and config.rope:
@@ -67,6 +71,8 @@ def _layer_tensors(family: Family, config: ModelConfig) -> dict[str, str]:
     if config.shared_norm:
         names = {name: stored for name, stored in names.items() if not name.startswith("ffn_norm")}
         names |= SHARED_NORM_TENSORS
+    if config.experts:
+        names |= EXPERT_TENSORS
     return names
 
 
@@ -96,6 +102,8 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
     shapes |= dict.fromkeys(("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm"), (1, hidden))
     shapes |= dict.fromkeys(("attn_norm_bias", "ffn_norm_bias", "final_norm_bias", "o_bias", "down_bias"), (1, hidden))
+    if config.experts:
+        shapes |= expert_shapes(config.experts, hidden, ffn)
     if config.tied_head:
         del shapes["head"]
     return shapes

@@ -11,7 +11,7 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any
 
-from isotherm.types import Activation, Rope
+from isotherm.types import Activation, Experts, Rope
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,27 @@ class Ffn:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """A mixture of experts (Jiang et al. 2024): of the logits x @ router.T the largest `experts.num_used` choose the
+    experts of a token, of equal ones the first; out is the sum of what these say, weighted by the softmax of their
+    logits alone. Expert e says (activation(x @ gate_e.T) * (x @ up_e.T)) @ down_e.T.
+
+    Weights: router [num_experts, width]; gate and up [num_experts * ffn_size, width] and down [num_experts * width,
+    ffn_size], expert after expert.
+    """
+
+    out: Value
+    x: Value
+    router: str
+    gate: str
+    up: str
+    down: str
+    ffn_size: int  # of one expert
+    experts: Experts
+    activation: Activation
+
+
+@dataclass(frozen=True)
 class Add:
     out: Value
     a: Value
@@ -242,6 +263,41 @@ class SparseDown:
 
 
 @dataclass(frozen=True)
+class Route:
+    """out = the experts of each row of `logits` in rising rank, as numbers, then their weights: see Moe."""
+
+    out: Value  # [tokens, 2 * num_used]
+    logits: Value  # [tokens, num_experts]
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class ExpertGlu:
+    """As QuantGlu, of each row's experts side by side in the order of their rank."""
+
+    out: Value  # [tokens, num_used * ffn_size]
+    x: Value
+    norm: NormWeights | None
+    routes: Value
+    gate: str
+    up: str
+    experts: Experts
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class ExpertDown:
+    """out = sum over ranks of weight * (q(x of the rank) @ weight_e.T) + residual."""
+
+    out: Value
+    x: Value  # [tokens, num_used * ffn_size]
+    routes: Value
+    weight: str
+    experts: Experts
+    residual: Value | None
+
+
+@dataclass(frozen=True)
 class RopeAttention:
     """Norms and rotates q and k, where the family does so, appends k and v, attends: everything between QKV and O."""
 
@@ -267,10 +323,12 @@ class AddNorm:
     norm: NormWeights
 
 
-RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
+RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Moe | Add | SelectRows
 SparseOp = SparseUp | SparseDown | TrimOp
-LoweredOp = Embed | EmbedPositions | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm | SelectRows | Add
-Op = RecordedOp | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm
+ExpertOp = Route | ExpertGlu | ExpertDown
+FusedOp = QuantLinear | QuantGlu | SparseOp | ExpertOp | RopeAttention | AddNorm
+LoweredOp = FusedOp | Embed | EmbedPositions | SelectRows | Add
+Op = RecordedOp | FusedOp
 
 
 def outputs(op: Op) -> tuple[Value, ...]:

@@ -5,7 +5,7 @@ from enum import Enum
 
 from isotherm.program import ops
 from isotherm.program.ops import AttentionShape, Ffn, NormWeights, Op, Value
-from isotherm.types import Activation, KvType, Rope
+from isotherm.types import Activation, Experts, KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
 
@@ -130,6 +130,13 @@ class Recorder:
         up, down = f"{name}.up", f"{name}.down"
         biases = (f"{up}_bias", f"{down}_bias") if has_bias else (None, None)
         self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, *biases))
+        return out
+
+    def moe(self, x: Value, name: str, ffn_size: int, experts: Experts, activation: Activation) -> Value:
+        """`name` is the layer's, whose experts have each an FFN of `ffn_size`."""
+        out = self._value(x.width)
+        router, gate, up, down = (f"{name}.{part}" for part in ("router", "gate", "up", "down"))
+        self._ops.append(ops.Moe(out, x, router, gate, up, down, ffn_size, experts, activation))
         return out
 
     def add(self, a: Value, b: Value) -> Value:

@@ -114,13 +114,23 @@ def _trimmed(op: ops.Ffn, layer: LayerTrims) -> ops.Ffn:
     return replace(op, trim_gate=layer.gate, trim_hidden=layer.hidden)
 
 
+def check_tunable(program: Program, quality: str) -> None:
+    """Raises OptionError for a recorded Program with experts, which no rule trims."""
+    if any(isinstance(op, ops.Moe) for op in program.ops):
+        raise OptionError(
+            f"quality {quality}: experts are not tuned: lossy rules take models with one FFN a layer; a mixture of "
+            f"experts runs with quality {EXACT}"
+        )
+
+
 def chosen_program(program: Program, quality: str, cache: Path, identity: str) -> Program:
     """`program` with the rule that was chosen for this model file and `quality`, or that of the file it names.
 
-    Raises OptionError where none was, StatsFileError where the file of it is damaged.
+    Raises OptionError where none was and for experts, StatsFileError where the file of it is damaged.
     """
     if quality == EXACT:
         return program
+    check_tunable(program, quality)
     budget = parse_budget(quality)
     path = Path(quality) if budget is None else choice_path(cache, identity, str(budget))
     if budget is not None and not path.exists():

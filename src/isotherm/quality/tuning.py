@@ -17,7 +17,7 @@ from isotherm.quality.calibration import (
     collect,
     neutral_trims,
 )
-from isotherm.quality.choice import Choice, LayerTrims, Measured
+from isotherm.quality.choice import Choice, LayerTrims, Measured, check_tunable
 from isotherm.quality.rules import Rule
 from isotherm.quality.search import Candidate, HeldOut, Load, best_rung, fastest, gains, timed
 
@@ -49,7 +49,11 @@ class Tuned:
 def tune(
     plan: Plan, load: Load, recorded: Program, tensors: Mapping[str, WeightTensor], notify: Callable[[str], None]
 ) -> Tuned:
-    """recorded, tensors: of the model's file. `notify` hears of each step. Raises what loading and evaluating raise."""
+    """recorded, tensors: of the model's file. `notify` hears of each step.
+
+    Raises OptionError for a mixture of experts, and what loading and evaluating raise.
+    """
+    check_tunable(recorded, str(plan.budget))
     with load(neutral_trims(recorded)) as model:
         windows = cut_windows(model, plan.text, WINDOW_TOKENS, _CALIBRATION_WINDOWS)
         notify(f"calibrating on {len(windows)} windows of {WINDOW_TOKENS} tokens")

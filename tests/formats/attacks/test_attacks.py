@@ -270,7 +270,12 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 
 # random damage
 
-WHOLE_MODELS = {"llama": QuantType.Q8_0, "qwen2": QuantType.Q4_0, "gemma3": QuantType.F32}
+WHOLE_MODELS = {
+    "llama": QuantType.Q8_0,
+    "qwen2": QuantType.Q4_0,
+    "qwen3moe": QuantType.Q4_1,
+    "gemma3": QuantType.F32,
+}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from isotherm.program.recorder import Program
 from isotherm.program.recording import MARK, Recording, Walk
 from isotherm.program.rope import rope_table
 from isotherm.quantization.neurons import neuron_form
+from isotherm.quantization.p32 import PANEL_ROWS, TILE_ROWS
 from isotherm.quantization.packed_file import PackedWeights
 from isotherm.types import KvType, Rope
 
@@ -195,6 +196,14 @@ class _Compiler:
                 b.trim(at[op.x], activation, self._thresholds(op.trim), op.trim.deviations, at[op.out])
             case ops.SparseDown():
                 self._sparse_down(op)
+            case ops.Route():
+                b.route(at[op.logits], op.experts.num_experts, op.experts.num_used, at[op.out])
+            case ops.ExpertGlu():
+                x, norm, routes = at[op.x], self._norm(op.norm), at[op.routes]
+                b.expert_glu(x, norm, routes, self._expert_pair(op), op.activation.value, at[op.out])
+            case ops.ExpertDown():
+                residual = at[op.residual] if op.residual else -1
+                b.expert_down(at[op.x], at[op.routes], self._expert_down(op), residual, at[op.out])
             case ops.RopeAttention():
                 b.attention(self._attention(op))
             case ops.AddNorm():
@@ -223,6 +232,23 @@ class _Compiler:
         residual = at[op.residual] if op.residual else -1
         neurons = self._weights.array(name).view(np.uint8)
         self._builder.down(at[op.x], projection, residual, neurons, astuple(form))
+
+    def _expert_pair(self, op: ops.ExpertGlu) -> int:
+        ffn_size = op.out.width // op.experts.num_used
+        if ffn_size % TILE_ROWS:
+            raise UnsupportedModel(
+                f"experts of {ffn_size} neurons; the native backend needs a multiple of {TILE_ROWS}; take --backend "
+                "reference"
+            )
+        return self._matrix(pair_name(op.gate, op.up))
+
+    def _expert_down(self, op: ops.ExpertDown) -> int:
+        if op.out.width % PANEL_ROWS:
+            raise UnsupportedModel(
+                f"experts with {op.out.width} outputs; the native backend needs a multiple of {PANEL_ROWS}; take "
+                "--backend reference"
+            )
+        return self._matrix(op.weight)
 
     def _matrix(self, name: str) -> int:
         if name not in self._matrices:

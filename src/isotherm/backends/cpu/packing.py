@@ -25,7 +25,7 @@ from isotherm.quantization.packed_file import (
     PackedSink,
     PackedWeights,
 )
-from isotherm.types import QuantType
+from isotherm.types import Experts, QuantType
 
 BY_NEURON = (EntryKind.ROWS, EntryKind.NEURONS)  # beside a dense form of the same weights
 
@@ -54,17 +54,35 @@ def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Pr
     return lower(program, is_sparse)
 
 
-def token_bytes(entries: Sequence[EntrySpec], *, is_head_tied: bool) -> int:
-    """Bytes of weights that a token reads where every neuron fires."""
+def token_bytes(program: Program, entries: Sequence[EntrySpec], *, is_head_tied: bool) -> int:
+    """Bytes of weights that a token reads where every neuron fires: of experts those that it uses."""
     gathered = {"positions"} if is_head_tied else {"positions", "embed"}  # one row of each is nothing beside the rest
-    return sum(spec.num_bytes for spec in entries if spec.name not in gathered and spec.kind not in BY_NEURON)
+    read = (spec for spec in entries if spec.name not in gathered and spec.kind not in BY_NEURON)
+    experts = expert_weights(program)
+    return sum(_used(spec.num_bytes, experts.get(spec.name)) for spec in read)
 
 
-def token_ops(entries: Sequence[EntrySpec]) -> int:
+def token_ops(program: Program, entries: Sequence[EntrySpec]) -> int:
     """Operations of a token in the layers' matrices, where every neuron fires; a multiply-add is two."""
     unread = {EntryKind.VECTOR, *BY_NEURON}
     in_layers = [spec for spec in entries if spec.kind not in unread and "." in spec.name]
-    return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
+    experts = expert_weights(program)
+    return sum(_used(2 * spec.shape[0] * spec.shape[1] * len(spec.types), experts.get(spec.name)) for spec in in_layers)
+
+
+def expert_weights(program: Program) -> dict[str, Experts]:
+    """The entries of a lowered Program that hold the matrices of all experts of a layer."""
+    found = {}
+    for op in program.ops:
+        if isinstance(op, ops.ExpertGlu):
+            found[pair_name(op.gate, op.up)] = op.experts
+        elif isinstance(op, ops.ExpertDown):
+            found[op.weight] = op.experts
+    return found
+
+
+def _used(amount: int, experts: Experts | None) -> int:
+    return amount if experts is None else amount // experts.num_experts * experts.num_used
 
 
 def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> list[tuple[EntrySpec, list[WeightTensor]]]:
@@ -147,12 +165,14 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
             case ops.QuantLinear():
                 for projection in op.projections:
                     yield from _matrix(projection.weight, projection.bias)
-            case ops.QuantGlu():
+            case ops.QuantGlu() | ops.ExpertGlu():
                 yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
             case ops.SparseUp():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
                 if op.by_rows:
                     yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+            case ops.ExpertDown():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
             case ops.SparseDown():
                 yield from _matrix(op.weight, op.bias)
                 yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS

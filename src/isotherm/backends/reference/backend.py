@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.backends.reference import contract, float32
+from isotherm.backends.reference import contract, experts, float32
 from isotherm.errors import OptionError
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
@@ -145,6 +145,9 @@ class CompiledReference:
                 values[op.out] = self._attention(op, values, batch, exact=False)
             case ops.Ffn():
                 values[op.out] = self._ffn(values[op.x], op, batch)
+            case ops.Moe():
+                weights = (w.floats(name) for name in (op.router, op.gate, op.up, op.down))
+                values[op.out] = experts.moe_float32(values[op.x], op, *weights)
             case ops.Add():
                 values[op.out] = values[op.a] + values[op.b]
             case ops.SelectRows():
@@ -169,9 +172,15 @@ class CompiledReference:
                 x = values[op.x]
                 values[op.out] = self._trim(contract, x, op.activation, op.trim, self._trimmed_rows(len(x), batch))
             case ops.SparseDown():
-                y = self._project(*self._quantise(values[op.x], None), op.weight) + (
-                    w.vector(op.bias) if op.bias else 0
-                )
+                bias = w.vector(op.bias) if op.bias else 0
+                y = self._project(*self._quantise(values[op.x], None), op.weight) + bias
+                values[op.out] = y if op.residual is None else values[op.residual] + y
+            case ops.Route():
+                values[op.out] = experts.route(values[op.logits], op.experts.num_used)
+            case ops.ExpertGlu():
+                values[op.out] = self._expert_glu(values[op.x], values[op.routes], op)
+            case ops.ExpertDown():
+                y = self._expert_down(values[op.x], values[op.routes], op)
                 values[op.out] = y if op.residual is None else values[op.residual] + y
             case ops.RopeAttention():
                 values[op.out] = self._attention(op, values, batch, exact=True)
@@ -212,6 +221,24 @@ class CompiledReference:
         hidden = self._trim(float32, hidden, None, op.trim_hidden, trimmed)
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
         return out
+
+    def _expert_glu(self, x: F32, routes: F32, op: ops.ExpertGlu) -> F32:
+        if op.norm is not None:
+            x = self._norm(contract, x, op.norm)
+        chosen = experts.experts_of(routes, op.experts.num_used)
+        inputs = np.repeat(x[:, None], op.experts.num_used, axis=1)
+        gate, up = (
+            experts.matmul(inputs, chosen, self._matrix(name), op.experts.num_experts) for name in (op.gate, op.up)
+        )
+        return contract.glu(gate, up, op.activation).reshape(len(x), -1)
+
+    def _expert_down(self, hidden: F32, routes: F32, op: ops.ExpertDown) -> F32:
+        chosen = experts.experts_of(routes, op.experts.num_used)
+        inputs = hidden.reshape(*chosen.shape, -1)
+        return experts.mix(experts.matmul(inputs, chosen, self._matrix(op.weight), op.experts.num_experts), routes)
+
+    def _matrix(self, weight: str) -> F32 | Fields:
+        return self._weights.floats(weight) if self._weights.is_float(weight) else self._weights.fields(weight)
 
     def _quantise(self, x: F32, norm: ops.NormWeights | None) -> tuple[F32, tuple[F32, F32]]:
         if norm is not None:
