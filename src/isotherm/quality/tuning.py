@@ -69,7 +69,7 @@ def tune(
         candidates = [best_rung(ladder, plan.budget, load, held_out, _telling(notify)) for ladder in ladders]
     finally:
         held_out.close()
-    candidates = [_with_skipped(candidate, recorded, tensors) for candidate in candidates]
+    candidates = [with_skipped(candidate, recorded, tensors) for candidate in candidates]
     candidates = timed(candidates, load, timed_ids, lambda rule, rate: notify(f"{_name(rule)}: {rate:.1f} tokens/s"))
     return Tuned(_choice(plan, load, candidates), tuple(candidates))
 
@@ -131,8 +131,8 @@ def _accuracy(load: Load, layers: Sequence[LayerTrims] | None, items: Sequence[I
         return multiple_choice(model, items).acc_norm
 
 
-def _with_skipped(candidate: Candidate, recorded: Program, tensors: Mapping[str, WeightTensor]) -> Candidate:
-    """With the share of the model's weight bytes that are left out, as the file stores them."""
+def with_skipped(candidate: Candidate, recorded: Program, tensors: Mapping[str, WeightTensor]) -> Candidate:
+    """With the share of the model's weight bytes that is left out, as the file stores them."""
     total_bytes = sum(_num_bytes(tensor) for tensor in tensors.values())
     skipped_bytes = 0.0
     for op, share in zip(recorded.ffns, candidate.shares, strict=True):
