@@ -139,19 +139,21 @@ class ProgramBuilder {
           int most_active) {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
-    const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
-    require(rows.size() % static_cast<size_t>(m.rows) == 0 && (row_bytes > 0 || most_active < 0), "up: rows");
     const Activation named = activation_named(activation);
     const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
-    program_.steps.push_back(UpStep{x,
-                                    norm(norm_ref, width(x)),
-                                    gate,
-                                    m,
-                                    {rows.data(), row_bytes, m.type_a},
-                                    named,
-                                    fires_below_zero,
-                                    out,
-                                    most_active});
+    program_.steps.push_back(UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows, most_active), named,
+                                    fires_below_zero, out, most_active});
+    arrays_.push_back(nb::cast(rows));
+  }
+
+  // A projection of the neurons whose score is not below the threshold; rows: as of `up`.
+  void predicted(int x, NormRef norm_ref, const std::tuple<int, int, int>& projection, Bytes rows,
+                 const std::string& activation, int scores, float threshold, int most_active) {
+    LinearStep linear = linear_step(x, norm_ref, {projection}, -1, activation);
+    const Matrix& m = linear.projections[0].weight;
+    require(width(scores) == m.rows, "predicted: scores");
+    const RowMatrix matrix = row_matrix(m, rows, most_active);
+    program_.steps.push_back(PredictedStep{std::move(linear), matrix, scores, threshold, most_active});
     arrays_.push_back(nb::cast(rows));
   }
 
@@ -233,6 +235,13 @@ class ProgramBuilder {
     const Matrix& m = matrices_.at(matrix);
     require(m.is_pair && m.columns == width(x) && m.rows == width(out), "glu: shapes");
     return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
+  }
+
+  // Every row of a matrix in one piece; none, where most_active is below 0.
+  static RowMatrix row_matrix(const Matrix& m, const Bytes& rows, int most_active) {
+    const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
+    require(rows.size() % static_cast<size_t>(m.rows) == 0 && (row_bytes > 0 || most_active < 0), "rows of a matrix");
+    return {rows.data(), row_bytes, m.type_a};
   }
 
   int width(int buffer) const { return program_.widths.at(buffer); }

@@ -113,6 +113,7 @@ class Executor {
   bool run_step(const EmbedPositionsStep& step, size_t index, int thread);
   bool run_step(const LinearStep& step, size_t index, int thread);
   bool run_step(const GluStep& step, size_t index, int thread);
+  bool run_step(const PredictedStep& step, size_t index, int thread);
   bool run_step(const UpStep& step, size_t index, int thread);
   bool run_step(const TrimStep& step, size_t index, int thread);
   bool run_step(const DownStep& step, size_t index, int thread);
@@ -124,7 +125,13 @@ class Executor {
   bool is_sparse(int num_rows) const { return num_rows <= std::min(kRedundantRows, kernels_.few_rows); }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
-  void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
+  bool is_predicted(const PredictedStep& step, size_t index, int row, int neuron) const {
+    return !is_trimmed(index, row) || !(buffers_[step.scores].row(row)[neuron] < step.threshold);
+  }
+  void multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread);
+  template <class Finish>
+  void rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
+                       int thread, const Finish& finish);
   void down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);

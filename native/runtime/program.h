@@ -104,6 +104,16 @@ struct UpStep {
   int out, most_active;
 };
 
+// A projection of those neurons whose score is not below the threshold, 0 of the others; all of them, in rows of
+// sequences that are not trimmed. Rows of the matrix may be missing, where most_active is -1.
+struct PredictedStep {
+  LinearStep linear;  // of one projection, without a residual
+  RowMatrix rows;
+  int scores;
+  float threshold;
+  int most_active;
+};
+
 // What is below a threshold becomes 0, in the rows of sequences that are trimmed.
 struct TrimStep {
   int x, out;
@@ -139,8 +149,8 @@ struct SelectStep {
   int x, out;
 };
 
-using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, AttentionStep,
-                          AddNormStep, SelectStep>;
+using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, PredictedStep, UpStep, TrimStep, DownStep,
+                          AttentionStep, AddNormStep, SelectStep>;
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
 struct KvPool {

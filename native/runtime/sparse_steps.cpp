@@ -51,6 +51,79 @@ struct LiveBlock {
 
 }  // namespace
 
+bool Executor::run_step(const PredictedStep& step, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  const Projection& p = step.linear.projections[0];
+  const Buffer& out = buffers_[p.out];
+  int32_t* ids = workers_[thread].ids;
+  int count = 0;
+  if (is_sparse(num_rows))
+    for (int i = 0; i < out.width; i++) {
+      bool is_needed = false;
+      for (int r = 0; r < num_rows; r++) is_needed |= is_predicted(step, index, r, i);
+      ids[count] = i;
+      count += is_needed;
+    }
+  InputNeeds needs;
+  needs.add(p.weight);
+  QuantRows x;
+  if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
+  if (!is_sparse(num_rows) || count > step.most_active) {
+    multiply_predicted(step, x, index, thread);
+    return false;
+  }
+  rows_of_neurons(step.rows, out, x, count, num_rows, thread,
+                  [&](int r, const int32_t* some, int valid, float* totals) {
+                    float bias[kPanelRows] = {}, y[kPanelRows];
+                    if (p.bias)
+                      for (int i = 0; i < valid; i++) bias[i] = p.bias[some[i]];
+                    kernels_.finish_linear(totals, p.bias ? bias : nullptr, step.linear.activation, nullptr, y);
+                    for (int i = 0; i < valid; i++)
+                      if (is_predicted(step, index, r, some[i])) out.row(r)[some[i]] = y[i];
+                  });
+  return false;
+}
+
+// Of all neurons, those that are not predicted among them, which become 0.
+void Executor::multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  const Projection& p = step.linear.projections[0];
+  const Matrix& w = p.weight;
+  const Buffer& out = buffers_[p.out];
+  float* totals = workers_[thread].totals;
+  each_panel(w.num_panels(), num_rows, index, thread, [&](int i) {
+    kernels_.multiply_panel(
+        {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    const int first = i * kPanelRows;
+    for (int r = 0; r < num_rows; r++) {
+      store_linear(step.linear, p, r, first, totals + r * kPanelRows);
+      for (int j = first; j < std::min(first + kPanelRows, out.width); j++)
+        if (!is_predicted(step, index, r, j)) out.row(r)[j] = 0.0f;
+    }
+  });
+}
+
+// A thread's share of the `count` neurons that are needed, 32 at a time: finish(row, ids, how many, totals) writes
+// them. Zeros between them.
+template <class Finish>
+void Executor::rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
+                               int thread, const Finish& finish) {
+  const int32_t* ids = workers_[thread].ids;
+  float* totals = workers_[thread].totals;
+  const Range mine = share(count, thread, pool_.num_threads());
+  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
+  const int begin = thread == 0 ? 0 : place(mine.first);
+  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
+  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
+  for (int first = mine.first; first < mine.last; first += kPanelRows) {
+    const int valid = std::min(kPanelRows, mine.last - first);
+    const int num_next = std::min(kPanelRows, mine.last - first - valid);
+    kernels_.multiply_rows({matrix.rows, matrix.row_bytes, matrix.type, ids + first, valid, ids + first + valid,
+                            num_next, &x, num_rows, totals});
+    for (int r = 0; r < num_rows; r++) finish(r, ids + first, valid, totals + r * kPanelRows);
+  }
+}
+
 bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   const Buffer &gate = buffers_[step.gate], &out = buffers_[step.out];
@@ -70,7 +143,17 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   QuantRows x;
   if (quantise(step.x, step.norm, w.columns, needs, index, thread, x)) return true;
   if (is_sparse(num_rows) && count <= step.most_active) {
-    up_of(step, x, count, num_rows, thread);
+    rows_of_neurons(step.rows, out, x, count, num_rows, thread,
+                    [&](int r, const int32_t* some, int valid, float* rows) {
+                      for (int tile = 0; tile < valid; tile += kTileRows) {
+                        const int num = std::min(kTileRows, valid - tile);
+                        float pair[kPanelRows] = {}, y[kTileRows];
+                        for (int i = 0; i < num; i++) pair[i] = gate.row(r)[some[tile + i]];
+                        std::memcpy(pair + kTileRows, rows + tile, sizeof(float) * static_cast<size_t>(num));
+                        kernels_.finish_glu(pair, step.activation, y);
+                        for (int i = 0; i < num; i++) out.row(r)[some[tile + i]] = y[i];
+                      }
+                    });
     return false;
   }
   float* totals = workers_[thread].totals;
@@ -88,33 +171,6 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
       }
   });
   return false;
-}
-
-// A thread's share of the `count` neurons that fire, and of the zeros between them.
-void Executor::up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread) {
-  const Buffer &gate = buffers_[step.gate], &out = buffers_[step.out];
-  const int32_t* ids = workers_[thread].ids;
-  float* totals = workers_[thread].totals;
-  const Range mine = share(count, thread, pool_.num_threads());
-  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
-  const int begin = thread == 0 ? 0 : place(mine.first);
-  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
-  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
-  for (int first = mine.first; first < mine.last; first += kPanelRows) {
-    const int valid = std::min(kPanelRows, mine.last - first);
-    const int num_next = std::min(kPanelRows, mine.last - first - valid);
-    kernels_.multiply_rows({step.rows.rows, step.rows.row_bytes, step.rows.type, ids + first, valid,
-                            ids + first + valid, num_next, &x, num_rows, totals});
-    for (int r = 0; r < num_rows; r++)
-      for (int tile = 0; tile < valid; tile += kTileRows) {
-        const int some = std::min(kTileRows, valid - tile);
-        float pair[kPanelRows] = {}, y[kTileRows];
-        for (int i = 0; i < some; i++) pair[i] = gate.row(r)[ids[first + tile + i]];
-        std::memcpy(pair + kTileRows, totals + r * kPanelRows + tile, sizeof(float) * static_cast<size_t>(some));
-        kernels_.finish_glu(pair, step.activation, y);
-        for (int i = 0; i < some; i++) out.row(r)[ids[first + tile + i]] = y[i];
-      }
-  }
 }
 
 bool Executor::run_step(const TrimStep& step, size_t index, int thread) {

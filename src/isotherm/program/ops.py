@@ -58,6 +58,24 @@ class Trim:
         return f"trim({sha256(self.thresholds).hexdigest()[:16]})"
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A lossy rule: neurons whose score is below the threshold count as 0, in the sequences of a batch that are trimmed.
+
+    scores = relu(x @ first.T) @ second.T, x being the FFN's input (Liu et al. 2023, "Deja Vu"; Song et al. 2024,
+    "PowerInfer"). first [rank, hidden_size] and second [ffn_size, rank] are weights by name, which also names their
+    content. A score that is not a number is not below.
+    """
+
+    first: str
+    second: str
+    rank: int
+    threshold: float  # a float32
+
+    def __str__(self) -> str:
+        return f"predictor({self.first}, {self.second}, rank={self.rank}, threshold={self.threshold:.9g})"
+
+
 # --- recorded -------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +167,7 @@ class Ffn:
     down_bias: str | None = None
     trim_gate: Trim | None = None  # of the activated gate
     trim_hidden: Trim | None = None
+    predictor: Predictor | None = None  # of an activation that has zeros
 
 
 @dataclass(frozen=True)
@@ -221,6 +240,25 @@ class SparseUp:
 
 
 @dataclass(frozen=True)
+class PredictedLinear:
+    """out = activation(q(norm(x)) @ weight.T + bias) of neurons whose score is not below the threshold, 0 of the others.
+
+    In sequences that are not trimmed it is so of all neurons. by_rows: whether the rows of weight that are needed may be
+    computed alone; else all are.
+    """
+
+    out: Value
+    scores: Value
+    x: Value
+    norm: NormWeights | None
+    weight: str
+    bias: str | None
+    threshold: float
+    activation: Activation | None
+    by_rows: bool = True
+
+
+@dataclass(frozen=True)
 class TrimOp:
     """out = x where the magnitude of activation(x) reaches the threshold, else 0."""
 
@@ -268,7 +306,7 @@ class AddNorm:
 
 
 RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
-SparseOp = SparseUp | SparseDown | TrimOp
+SparseOp = SparseUp | SparseDown | TrimOp | PredictedLinear
 LoweredOp = Embed | EmbedPositions | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm | SelectRows | Add
 Op = RecordedOp | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm
 
@@ -301,7 +339,7 @@ def show(item: Any) -> str:
         return str(item.value)
     if isinstance(item, float):
         return f"{item:.6g}"
-    if isinstance(item, Value | NormWeights | Trim | str | int) or item is None:
+    if isinstance(item, Value | NormWeights | Trim | Predictor | str | int) or item is None:
         return str(item)
     if isinstance(item, Projection):
         bias = f" + {item.bias}" if item.bias else ""

@@ -184,6 +184,8 @@ class _Compiler:
             case ops.QuantGlu():
                 pair = self._matrix(pair_name(op.gate, op.up))
                 b.glu(at[op.x], self._norm(op.norm), pair, op.activation.value, at[op.out])
+            case ops.PredictedLinear():
+                self._predicted(op)
             case ops.SparseUp():
                 self._sparse_up(op)
             case ops.TrimOp():
@@ -205,10 +207,22 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        rows, most = np.empty(0, np.uint8), -1
-        if op.by_rows:
-            rows, most = self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
+        rows, most = self._rows(op)
         self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+
+    def _predicted(self, op: ops.PredictedLinear) -> None:
+        at = self.buffers.at
+        projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
+        activation = op.activation.value if op.activation else ""
+        rows, most = self._rows(op)
+        scores, x, norm = at[op.scores], at[op.x], self._norm(op.norm)
+        self._builder.predicted(x, norm, projection, rows, activation, scores, op.threshold, most)
+
+    def _rows(self, op: ops.SparseUp | ops.PredictedLinear) -> tuple[NDArray[np.uint8], int]:
+        """Rows of its weight by neuron, and how many of them are computed alone; -1: never."""
+        if not op.by_rows:
+            return np.empty(0, np.uint8), -1
+        return self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))

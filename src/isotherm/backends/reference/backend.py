@@ -165,6 +165,15 @@ class CompiledReference:
             case ops.SparseUp():
                 up = self._project(*self._quantise(values[op.x], op.norm), op.weight)
                 values[op.out] = contract.glu(values[op.gated], up, op.activation)
+            case ops.PredictedLinear():
+                y = self._project(*self._quantise(values[op.x], op.norm), op.weight)
+                if op.bias:
+                    y = y + w.vector(op.bias)
+                if op.activation:
+                    y = contract.activate(y, op.activation)
+                exact = ~self._trimmed_rows(len(y), batch)[:, None]
+                keeps = exact | contract.is_predicted(values[op.scores], op.threshold)
+                values[op.out] = np.where(keeps, y, np.float32(0.0))
             case ops.TrimOp():
                 x = values[op.x]
                 values[op.out] = self._trim(contract, x, op.activation, op.trim, self._trimmed_rows(len(x), batch))
@@ -204,10 +213,16 @@ class CompiledReference:
     def _ffn(self, x: F32, op: ops.Ffn, batch: Batch) -> F32:
         w, trimmed = self._weights, self._trimmed_rows(len(x), batch)
         up = x @ w.floats(op.up).T + (w.vector(op.up_bias) if op.up_bias else 0)
+        keeps = np.ones(up.shape, np.bool_)
+        if op.predictor is not None:
+            low = float32.activate(x @ w.floats(op.predictor.first).T, Activation.RELU)
+            scores = low @ w.floats(op.predictor.second).T
+            keeps = ~trimmed[:, None] | contract.is_predicted(scores, op.predictor.threshold)
         if op.gate is None:
-            hidden = float32.activate(up, op.activation)
+            hidden = np.where(keeps, float32.activate(up, op.activation), np.float32(0.0))
         else:
-            gate = self._trim(float32, x @ w.floats(op.gate).T, op.activation, op.trim_gate, trimmed)
+            gate = np.where(keeps, x @ w.floats(op.gate).T, np.float32(0.0))
+            gate = self._trim(float32, gate, op.activation, op.trim_gate, trimmed)
             hidden = float32.glu(gate, up, op.activation)
         hidden = self._trim(float32, hidden, None, op.trim_hidden, trimmed)
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
