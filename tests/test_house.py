@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
     "assemble": DATA
     | {"backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
-    | {"tokenization"},
+    | {"sparsity", "tokenization"},
     "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
@@ -60,6 +60,7 @@ COMMANDS: dict[str, set[str]] = {
     "version": {"backends"},
     "tokenize": {"tokenization"},
     "profile": {"sparsity"},
+    "train_predictor": {"sparsity"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
 }
 # library: the rooms that may import it

@@ -213,4 +213,5 @@ class LoadOptions:
     kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
     sparse: bool = True  # compute only the neurons that fire, where that is quicker; answers are the same
     quality: str = "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
+    predictor: str | Path | None = None  # file of `isotherm train-predictor`: neurons it takes not to fire count as 0
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

@@ -26,6 +26,7 @@ from isotherm.cli.serve import serve
 from isotherm.cli.show import show
 from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
+from isotherm.cli.train_predictor import train_predictor
 from isotherm.cli.version import version_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "perplexity": perplexity,
     "eval": evaluate,
     "profile": profile,
+    "train-predictor": train_predictor,
     "doctor": doctor,
     "config": config,
 }

@@ -61,6 +61,9 @@ class Settings:
     sparse: bool = _setting(
         True, Rule(bool, "", "Compute only the neurons that fire, where that is quicker; answers are the same.")
     )
+    predictor: str | None = _setting(
+        None, Rule(str, "FILE", "Of `isotherm train-predictor`: neurons it takes not to fire are left out; lossy.")
+    )
     cache_gib: float = _setting(
         64.0,
         Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
@@ -146,6 +149,7 @@ class Settings:
             offline=self.offline,
             kv=self.kv,
             sparse=self.sparse,
+            predictor=self.predictor,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
         )
@@ -256,7 +260,7 @@ SERVING = (
     "log_json",
     "log_prompts",
 )
-LOADING = ("ctx", "kv", "threads", "backend", "sparse", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
+LOADING = ("ctx", "kv", "threads", "backend", "sparse", "predictor", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

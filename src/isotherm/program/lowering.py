@@ -164,7 +164,7 @@ class _Lowering:
     def _predicted_hidden(
         self, op: ops.Ffn, predictor: ops.Predictor, x: Value, norm: NormWeights | None, *, is_sparse: bool
     ) -> Value:
-        """The predictor's own activation is a ReLU, whatever the FFN's is; scores come before the weight they are of."""
+        """The predictor's own activation is a ReLU, whatever the FFN's is."""
         assert op.activation.has_zeros, "what makes no zeros has none to predict"
         low, scores = self._new_value(predictor.rank), self._new_value(op.ffn_size)
         first, second = Projection(low, predictor.first, None), Projection(scores, predictor.second, None)

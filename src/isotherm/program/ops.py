@@ -60,7 +60,7 @@ class Trim:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A lossy rule: neurons whose score is below the threshold count as 0, in the sequences of a batch that are trimmed.
+    """A lossy rule: neurons whose score is below the threshold count as 0, in the sequences that are trimmed.
 
     scores = relu(x @ first.T) @ second.T, x being the FFN's input (Liu et al. 2023, "Deja Vu"; Song et al. 2024,
     "PowerInfer"). first [rank, hidden_size] and second [ffn_size, rank] are weights by name, which also names their
@@ -241,9 +241,9 @@ class SparseUp:
 
 @dataclass(frozen=True)
 class PredictedLinear:
-    """out = activation(q(norm(x)) @ weight.T + bias) of neurons whose score is not below the threshold, 0 of the others.
+    """out = activation(q(norm(x)) @ weight.T + bias), but 0 of neurons whose score is below the threshold.
 
-    In sequences that are not trimmed it is so of all neurons. by_rows: whether the rows of weight that are needed may be
+    In sequences that are not trimmed no neuron is left out. by_rows: whether the rows of weight that are needed may be
     computed alone; else all are.
     """
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
-_MOST_ACTIVE = 0.5  # share of neurons up to which those that fire are computed alone
+MOST_ACTIVE = 0.5  # share of neurons up to which those that fire are computed alone
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
@@ -222,7 +222,7 @@ class _Compiler:
         """Rows of its weight by neuron, and how many of them are computed alone; -1: never."""
         if not op.by_rows:
             return np.empty(0, np.uint8), -1
-        return self._weights.array(rows_name(op.weight)).view(np.uint8), int(_MOST_ACTIVE * op.out.width)
+        return self._weights.array(rows_name(op.weight)).view(np.uint8), int(MOST_ACTIVE * op.out.width)
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))
@@ -233,7 +233,7 @@ class _Compiler:
         assert form is not None
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         residual = at[op.residual] if op.residual else -1
-        neurons, most = self._weights.array(name).view(np.uint8), int(_MOST_ACTIVE * op.x.width)
+        neurons, most = self._weights.array(name).view(np.uint8), int(MOST_ACTIVE * op.x.width)
         self._builder.down(at[op.x], projection, residual, neurons, astuple(form), most)
 
     def _matrix(self, name: str) -> int:
