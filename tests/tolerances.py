@@ -47,3 +47,7 @@ TOP1_AGREEMENT = 0.9
 
 # Share of neurons of a layer that fire, over some 10000 tokens: the golden shares are of another stretch of the text.
 ZERO_SHARE = 0.01
+
+# Recall and share of predicted neurons, measured with the kernels' sums in another order than theirs: a score on the
+# threshold may fall on either side. Of 40000 scores one or two did.
+PREDICTED_SHARE = 1e-3

@@ -1,4 +1,4 @@
-"""Neurons that a predictor takes to fire: the same bits by rows and whole, in batches that mix exact sequences and others."""
+"""Neurons that a predictor takes to fire: the same bits by rows and whole, also beside exact sequences."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,7 +64,9 @@ def check(finished: Finished, *, against: Finished | None = None) -> None:
         what = [(sequence.num_new, sequence.is_trimmed) for sequence in batch.sequences]
         for isa in ISAS:
             for num_threads in (1, 2, 3):
-                assert_equal(finished.native(batch, isa, num_threads), expected, f"{isa}, {num_threads} threads, {what}")
+                assert_equal(
+                    finished.native(batch, isa, num_threads), expected, f"{isa}, {num_threads} threads, {what}"
+                )
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -4,7 +4,6 @@ The file is one of array_file.py: the meta says what they were trained on and wh
 arrays `i.first` and `i.second`, rows of Q8_0 blocks (GGUF specification); layers that are better off without have none.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -26,12 +25,12 @@ U8 = NDArray[np.uint8]
 
 _KIND = ("isotherm-predictor", 1)
 PREDICTOR_TYPE = QuantType.Q8_0
-RANK_STEP = PREDICTOR_TYPE.block_elements
+RANK_STEP = 64  # to which columns are padded where they are packed
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A predictor as it is kept: first [rank, row bytes] and second [ffn_size, row bytes], and a float32 threshold."""
+    """A predictor as it is kept: first [rank, row bytes] and second [ffn_size, row bytes], and the threshold."""
 
     first: U8
     second: U8
@@ -121,7 +120,7 @@ def _layer(archive: Any, index: int, kept: dict[str, Any]) -> PredictedLayer:
     measured = Measured(**{name: _share(value) for name, value in kept.items()})
     if threshold is None:
         return PredictedLayer(None, measured)
-    weights = Weights(archive[f"{index}.first"], archive[f"{index}.second"], float(np.float32(threshold)))
+    weights = Weights(archive[f"{index}.first"], archive[f"{index}.second"], float(threshold))
     for name, matrix in (("first", weights.first), ("second", weights.second)):
         if matrix.dtype != np.uint8 or matrix.ndim != 2 or not matrix.size:
             raise ValueError(f"{name} of layer {index} has the shape {matrix.shape} of {matrix.dtype}")
@@ -132,7 +131,7 @@ def _layer(archive: Any, index: int, kept: dict[str, Any]) -> PredictedLayer:
             raise ValueError(f"{name} of layer {index} has scales that are no finite numbers")
     if weights.rank % RANK_STEP or weights.second.shape[1] != PREDICTOR_TYPE.row_bytes(weights.rank):
         raise ValueError(f"the matrices of layer {index} do not fit each other")
-    if not math.isfinite(weights.threshold):
+    if not abs(weights.threshold) <= float(np.finfo(np.float32).max):
         raise ValueError(f"the threshold of layer {index} is no finite number")
     return PredictedLayer(weights, measured)
 

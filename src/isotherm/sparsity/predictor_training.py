@@ -19,6 +19,7 @@ from isotherm.backends.cpu.backend import MOST_ACTIVE
 from isotherm.errors import OptionError, UnsupportedModel
 from isotherm.program.backend import WeightTensor
 from isotherm.quantization.layouts import BLOCKS, dequantise
+from isotherm.quantization.neurons import neuron_form
 from isotherm.sparsity.predictor import (
     PREDICTOR_TYPE,
     RANK_STEP,
@@ -83,7 +84,7 @@ def threshold_for(recall: float, first: U8, second: U8, samples: LayerSamples) -
 
 @dataclass(frozen=True)
 class Wanted:
-    """recall: least share of firings to predict; max_rank: a multiple of 32."""
+    """recall: least share of firings to predict; max_rank: a multiple of 64."""
 
     recall: float
     max_rank: int
@@ -136,7 +137,7 @@ def train_layer(
 
 
 def ranks_to(max_rank: int) -> list[int]:
-    """32, 64, 128, ..., the last one `max_rank`."""
+    """64, 128, 256, ..., the last one `max_rank`."""
     doubled = [RANK_STEP << i for i in range(max_rank.bit_length()) if RANK_STEP << i < max_rank]
     return [*doubled, max_rank]
 
@@ -262,8 +263,10 @@ class PredictorTrainer:
                 f"{model.facts.name}: no neuron of it is ever exactly 0; predictors are for models with ReLU, its "
                 "square or dReLU"
             )
-        if any(layer.x.width % RANK_STEP for layer in self.layers):
-            raise UnsupportedModel(f"predictors need a hidden size that is a multiple of {RANK_STEP}")
+        if any(neuron_form(tensors[layer.down].quant_type) is None for layer in self.layers):
+            raise UnsupportedModel("weights of down that are floats are read whole: a predictor spares nothing")
+        if any(layer.x.width % PREDICTOR_TYPE.block_elements for layer in self.layers):
+            raise UnsupportedModel(f"a hidden size of {self.layers[0].x.width}; predictors need a multiple of 32")
         if len(windows) < 2:
             raise OptionError("the text holds one window alone; it takes two, to train and to test; take a longer text")
         held_out = [index % _HELD_OUT == _HELD_OUT - 1 for index in range(len(windows))]
