@@ -125,8 +125,9 @@ class Executor {
   bool is_sparse(int num_rows) const { return num_rows <= std::min(kRedundantRows, kernels_.few_rows); }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
-  bool is_predicted(const PredictedStep& step, size_t index, int row, int neuron) const {
-    return !is_trimmed(index, row) || !(buffers_[step.scores].row(row)[neuron] < step.threshold);
+  // Of a row's neurons; null where none may be left out.
+  const float* scores_of(const PredictedStep& step, size_t index, int row) const {
+    return is_trimmed(index, row) ? buffers_[step.scores].row(row) : nullptr;
   }
   void multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread);
   template <class Finish>

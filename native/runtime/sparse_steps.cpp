@@ -57,13 +57,16 @@ bool Executor::run_step(const PredictedStep& step, size_t index, int thread) {
   const Buffer& out = buffers_[p.out];
   int32_t* ids = workers_[thread].ids;
   int count = 0;
-  if (is_sparse(num_rows))
+  const float* scores[kRedundantRows];
+  if (is_sparse(num_rows)) {
+    for (int r = 0; r < num_rows; r++) scores[r] = scores_of(step, index, r);
     for (int i = 0; i < out.width; i++) {
       bool is_needed = false;
-      for (int r = 0; r < num_rows; r++) is_needed |= is_predicted(step, index, r, i);
+      for (int r = 0; r < num_rows; r++) is_needed |= !scores[r] || !(scores[r][i] < step.threshold);
       ids[count] = i;
       count += is_needed;
     }
+  }
   InputNeeds needs;
   needs.add(p.weight);
   QuantRows x;
@@ -79,7 +82,7 @@ bool Executor::run_step(const PredictedStep& step, size_t index, int thread) {
                       for (int i = 0; i < valid; i++) bias[i] = p.bias[some[i]];
                     kernels_.finish_linear(totals, p.bias ? bias : nullptr, step.linear.activation, nullptr, y);
                     for (int i = 0; i < valid; i++)
-                      if (is_predicted(step, index, r, some[i])) out.row(r)[some[i]] = y[i];
+                      if (!scores[r] || !(scores[r][some[i]] < step.threshold)) out.row(r)[some[i]] = y[i];
                   });
   return false;
 }
@@ -94,11 +97,13 @@ void Executor::multiply_predicted(const PredictedStep& step, const QuantRows& x,
   each_panel(w.num_panels(), num_rows, index, thread, [&](int i) {
     kernels_.multiply_panel(
         {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
-    const int first = i * kPanelRows;
+    const int first = i * kPanelRows, end = std::min(first + kPanelRows, out.width);
     for (int r = 0; r < num_rows; r++) {
       store_linear(step.linear, p, r, first, totals + r * kPanelRows);
-      for (int j = first; j < std::min(first + kPanelRows, out.width); j++)
-        if (!is_predicted(step, index, r, j)) out.row(r)[j] = 0.0f;
+      if (const float* scores = scores_of(step, index, r)) {
+        float* y = out.row(r);
+        for (int j = first; j < end; j++) y[j] = scores[j] < step.threshold ? 0.0f : y[j];
+      }
     }
   });
 }
