@@ -59,14 +59,13 @@ BATCHES = [
 
 
 def check(finished: Finished, *, against: Finished | None = None) -> None:
-    for batch in BATCHES:
-        expected = (against or finished).reference(batch)
-        what = [(sequence.num_new, sequence.is_trimmed) for sequence in batch.sequences]
-        for isa in ISAS:
-            for num_threads in (1, 2, 3):
-                assert_equal(
-                    finished.native(batch, isa, num_threads), expected, f"{isa}, {num_threads} threads, {what}"
-                )
+    expected = [(against or finished).reference(batch) for batch in BATCHES]
+    for isa in ISAS:
+        for num_threads in (1, 2, 3):
+            compiled = finished.compile(isa, num_threads)
+            for batch, logits in zip(BATCHES, expected, strict=True):
+                what = [(sequence.num_new, sequence.is_trimmed) for sequence in batch.sequences]
+                assert_equal(run(compiled, batch), logits, f"{isa}, {num_threads} threads, {what}")
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isotherm.cli.console import notice, print_json
-from isotherm.cli.flags import JsonOption, ModelArgument, takes
+from isotherm.cli.flags import JsonOption, ModelArgument, gathers, takes
 from isotherm.cli.loading import loaded
 from isotherm.cli.perplexity import read_text
 from isotherm.cli.settings import Settings
@@ -21,9 +21,35 @@ if TYPE_CHECKING:
 _SAVE_S = 20.0  # between two times that what was trained goes to disk
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What the predictors are to reach, and on how much of the text."""
+
+    recall: float
+    max_rank: int | None
+    window_tokens: int
+    num_windows: int
+
+
+def aim_of(
+    recall: Annotated[float, typer.Option("--recall", metavar="SHARE", help="Of the firings, to be predicted.")] = 0.95,
+    max_rank: Annotated[
+        int | None,
+        typer.Option("--max-rank", metavar="N", help="Largest rank; by default half of the model's hidden size."),
+    ] = None,
+    window_tokens: Annotated[int, typer.Option("--ctx", "-c", metavar="TOKENS", help="Tokens of a window.")] = 512,
+    num_windows: Annotated[
+        int, typer.Option("--chunks", metavar="N", help="Windows, from the start of the text; every fifth is a test.")
+    ] = 32,
+) -> Aim:
+    return Aim(recall, max_rank, window_tokens, num_windows)
+
+
 @takes("threads", "cache_gib", "offline")
+@gathers(aim_of)
 def train_predictor(
     settings: Settings,
+    aim: Aim,
     model: ModelArgument,
     text: Annotated[
         Path, typer.Option("--text", metavar="FILE", help="Text to learn from, UTF-8.", show_default=False)
@@ -32,15 +58,6 @@ def train_predictor(
         Path,
         typer.Option("--output", "-o", metavar="PREDICTOR", help="File for what is learnt.", show_default=False),
     ],
-    recall: Annotated[float, typer.Option("--recall", metavar="SHARE", help="Of the firings, to be predicted.")] = 0.95,
-    max_rank: Annotated[
-        int | None,
-        typer.Option("--max-rank", metavar="N", help="Largest rank; by default half of the model's hidden size."),
-    ] = None,
-    window: Annotated[int, typer.Option("--ctx", "-c", metavar="TOKENS", help="Tokens of a window.")] = 512,
-    chunks: Annotated[
-        int, typer.Option("--chunks", metavar="N", help="Windows, from the start of the text; every fifth is a test.")
-    ] = 32,
     as_json: JsonOption = False,
 ) -> None:
     """Trains predictors of which neurons fire, for --predictor; goes on with PREDICTOR where it was cut short."""
@@ -49,13 +66,14 @@ def train_predictor(
     from isotherm.sparsity.predictor_training import PredictorTrainer, layer_costs
 
     content = read_text(text)
+    window, chunks = aim.window_tokens, aim.num_windows
     alone = replace(settings, ctx=window, predictor=None)
     with loaded(model, alone) as generator, open_checkpoint(generator.facts.path) as checkpoint:
         windows = [cut.token_ids for cut in cut_windows(generator, content, window, chunks)]
         if len(windows) < chunks:
             notice(f"the text holds {len(windows)} windows of {window} tokens, not {chunks}")
         trainer = PredictorTrainer(generator, checkpoint.tensors, checkpoint.identity, windows)
-        predictors = _train(trainer, trainer.start(recall, max_rank), out)
+        predictors = _train(trainer, trainer.start(aim.recall, aim.max_rank), out)
         costs = layer_costs(trainer, predictors)
     if as_json:
         training = predictors.training
