@@ -1,5 +1,6 @@
 """`isotherm train-predictor`: learns which neurons of a model fire, from what they read."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,6 +90,10 @@ def _train(trainer: "PredictorTrainer", predictors: "PredictorSet", out: Path) -
     predictors.save(out)  # whether it can be written is told before, not after
     newest, saved_s = predictors, time.monotonic()
 
+    def on_window(number: int) -> None:
+        if sys.stderr.isatty() or number % 16 == 0:
+            notice(f"window {number} of {predictors.training.num_windows}")
+
     def on_attempt(layer: int, attempt: "Attempt") -> None:
         notice(
             f"layer {layer} (of {predictors.training.num_layers}), rank {attempt.weights.rank}: "
@@ -104,7 +109,7 @@ def _train(trainer: "PredictorTrainer", predictors: "PredictorSet", out: Path) -
             saved_s = time.monotonic()
 
     try:
-        return trainer.train(predictors, on_attempt, on_layer)
+        return trainer.train(predictors, on_window, on_attempt, on_layer)
     finally:
         newest.save(out)
 

@@ -166,7 +166,7 @@ class _Matrix:
 def with_predictors(
     program: Program, tensors: Mapping[str, WeightTensor], path: str | Path | None, identity: str
 ) -> tuple[Program, Mapping[str, WeightTensor]]:
-    """A recorded Program whose FFNs ask the predictors of the file `path`, and `tensors` with those of the predictors.
+    """A recorded Program whose FFNs ask the predictors of the file `path`, and `tensors` with their weights.
 
     identity, tensors: of the model file. Raises StatsFileError for a file that is damaged, not finished or of another model.
     """

@@ -1,6 +1,6 @@
 """What predictors are trained on: what each FFN reads for the tokens of a text, and which of its neurons fire."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,12 @@ def collect(
     tensors: Mapping[str, WeightTensor],
     layers: Sequence[FfnLayer],
     windows: Sequence[Sequence[int]],
+    on_window: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSamples]:
-    """Samples of some layers, over all tokens of `windows`, in order. Raises ModelFileError for values of no number."""
+    """Samples of some layers, over all tokens of `windows`, in order. on_window hears how many of those are done.
+
+    Raises ModelFileError for values that are no finite numbers.
+    """
     num_tokens = sum(map(len, windows))
     samples = [_empty(layer, num_tokens) for layer in layers]
     readers: dict[Value, list[int]] = {}
@@ -95,8 +99,9 @@ def collect(
         if value in hidden:
             samples[hidden[value]].fired[first:end] = np.packbits(rows != 0, axis=1)
 
-    for window in windows:
+    for number, window in enumerate(windows, 1):
         model.observe(window, {*readers, *hidden}, look)
+        on_window(number)
     return samples
 
 

@@ -296,19 +296,21 @@ class PredictorTrainer:
     def train(
         self,
         predictors: PredictorSet,
+        on_window: Callable[[int], None],
         on_attempt: Callable[[int, Attempt], None],
         on_layer: Callable[[PredictorSet], None],
     ) -> PredictorSet:
         """Goes on from `predictors` to the last layer.
 
-        on_attempt hears of each rank that is tried for a layer, on_layer of all layers so far, after each.
+        on_window hears how many windows of the text are done, on_attempt of each rank that is tried for a layer,
+        on_layer of all layers so far, after each.
         The text is run once for as many layers as their samples fit the memory for them.
         """
         wanted = Wanted(predictors.training.recall, predictors.training.max_rank)
         num_tokens = len(self._held_out)
         while left := self.layers[len(predictors.layers) :]:
             group = left[: max(1, _SAMPLE_BYTES // (num_tokens * sample_bytes(left[0])))]
-            samples = collect(self._model, self._tensors, group, self._windows)
+            samples = collect(self._model, self._tensors, group, self._windows, on_window)
             for layer in group:
                 heard = partial(on_attempt, len(predictors.layers))
                 trained = train_layer(samples.pop(0), self._held_out, self.gate_bytes(layer), wanted, heard)
