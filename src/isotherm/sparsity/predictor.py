@@ -168,7 +168,7 @@ def with_predictors(
 ) -> tuple[Program, Mapping[str, WeightTensor]]:
     """A recorded Program whose FFNs ask the predictors of the file `path`, and `tensors` with their weights.
 
-    identity, tensors: of the model file. Raises StatsFileError for a file that is damaged, not finished or of another model.
+    identity, tensors: of the model file. Raises StatsFileError for a damaged, unfinished or other model's file.
     """
     if path is None:
         return program, tensors
