@@ -1,6 +1,8 @@
-"""Writes a llama-shaped GGUF of random weights: right for speed and memory, never for quality.
+"""Writes a GGUF of random weights, shaped like a llama, Mixtral, Qwen3-MoE or falcon: right for speed and memory, never
+for quality.
 
     python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
+    python benchmarks/synthetic.py --shape mixtral --type Q4_K --layers 8 mixtral.gguf
     python benchmarks/synthetic.py --shape 7b --type Q4_0 --activation relu --active 0.1 relu-7b.gguf
 
 Needs the `gguf` package. Weights are streamed, so that a file may be larger than memory. The tokenizer is byte-level
@@ -30,10 +32,14 @@ class Shape:
     num_kv_heads: int
     vocab_size: int = 32000
     context_tokens: int = 4096
+    num_experts: int = 0  # ffn_size is that of one of them
+    num_experts_used: int = 0
+    wide_head_dim: int | None = None  # where heads do not fill the hidden size
+    family: str = "llama"  # or qwen3moe; or falcon, like the 7B: one norm a layer
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.wide_head_dim or self.hidden_size // self.num_heads
 
 
 SHAPES = {
@@ -42,6 +48,12 @@ SHAPES = {
     "3b": Shape(28, 3072, 8192, 24, 8),
     "7b": Shape(32, 4096, 11008, 32, 32),
     "13b": Shape(40, 5120, 13824, 40, 40),
+    "tiny-mixtral": Shape(2, 256, 512, 4, 2, vocab_size=512, context_tokens=512, num_experts=4, num_experts_used=2),
+    "mixtral": Shape(32, 4096, 14336, 32, 8, num_experts=8, num_experts_used=2),  # 8x7B
+    "tiny-qwen3moe": Shape(2, 256, 256, 4, 2, 512, 512, 16, 4, wide_head_dim=128, family="qwen3moe"),
+    "qwen3-30b-a3b": Shape(48, 2048, 768, 32, 4, 151936, 40960, 128, 8, wide_head_dim=128, family="qwen3moe"),
+    "falcon-tiny": Shape(2, 256, 1024, 4, 1, vocab_size=512, context_tokens=512, family="falcon"),
+    "falcon-7b": Shape(32, 4544, 18176, 71, 1, vocab_size=65024, context_tokens=2048, family="falcon"),
 }
 
 
@@ -109,11 +121,11 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
 
     planted: in Q4_0 only; embeddings are F16 then, as their constant channel is large.
     """
-    assert planted is None or type_name == "Q4_0"
+    assert planted is None or (type_name == "Q4_0" and not shape.num_experts)
     quant_type = gguf.GGMLQuantizationType[type_name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.family)
     _add_metadata(writer, shape, type_name)
     if planted:
         writer.add_string("isotherm.activation", planted.activation)
@@ -122,12 +134,13 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
     for name, dims in tensors.items():
         if len(dims) == 1:
             writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * dims[0])
+        elif _is_router(name):
+            writer.add_tensor_info(name, dims, np.dtype(np.float32), 4 * math.prod(dims))
         elif planted and name == "token_embd.weight":
             writer.add_tensor_info(name, dims, np.dtype(np.float16), 2 * dims[0] * dims[1])
         else:
-            row_bytes = _row_bytes(quant_type, dims[1])
-            byte_dims = (dims[0], row_bytes)  # the writer turns bytes of a row back into elements
-            writer.add_tensor_info(name, byte_dims, np.dtype(np.uint8), dims[0] * row_bytes, raw_dtype=quant_type)
+            byte_dims = (*dims[:-1], _row_bytes(quant_type, dims[-1]))  # the writer turns bytes back into elements
+            writer.add_tensor_info(name, byte_dims, np.dtype(np.uint8), math.prod(byte_dims), raw_dtype=quant_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -140,6 +153,8 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
                 pieces: Iterator[NDArray[Any]] = _planted_embedding(planted, dims, rng)
             elif len(dims) == 1:
                 pieces = _vector(name, dims[0], planted)
+            elif _is_router(name):
+                pieces = iter([rng.standard_normal(dims, np.float32) / np.float32(math.sqrt(dims[1]))])
             else:
                 pieces = _matrix(type_name, block_bytes, quant_type, dims, rng)
             for start, piece in _numbered(pieces):
@@ -151,27 +166,45 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
 
 def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     """GGUF names with rows and columns, in the order of the file."""
-    hidden, kv_rows = shape.hidden_size, shape.num_kv_heads * shape.head_dim
+    hidden, q_rows, kv_rows = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,),
-        "attn_q": (hidden, hidden),
-        "attn_k": (kv_rows, hidden),
-        "attn_v": (kv_rows, hidden),
-        "attn_output": (hidden, hidden),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (shape.ffn_size, hidden),
-        "ffn_up": (shape.ffn_size, hidden),
-        "ffn_down": (hidden, shape.ffn_size),
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (q_rows, hidden),
+        "attn_k.weight": (kv_rows, hidden),
+        "attn_v.weight": (kv_rows, hidden),
+        "attn_output.weight": (hidden, q_rows),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (shape.ffn_size, hidden),
+        "ffn_up.weight": (shape.ffn_size, hidden),
+        "ffn_down.weight": (hidden, shape.ffn_size),
     }
+    last: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+    if shape.num_experts:
+        layer["ffn_gate_inp.weight"] = (shape.num_experts, hidden)
+        for part in ("ffn_gate", "ffn_up", "ffn_down"):
+            layer[f"{part}_exps.weight"] = (shape.num_experts, *layer.pop(f"{part}.weight"))
+    if shape.family == "qwen3moe":
+        layer |= {"attn_q_norm.weight": (shape.head_dim,), "attn_k_norm.weight": (shape.head_dim,)}
+    if shape.family == "falcon":
+        kept = ("attn_norm.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+        layer = {"attn_norm.bias": (hidden,), **{name: layer[name] for name in kept}}
+        layer["attn_qkv.weight"] = (q_rows + 2 * kv_rows, hidden)
+        last["output_norm.bias"] = (hidden,)
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab_size, hidden)}
     for index in range(shape.num_layers):
-        tensors |= {f"blk.{index}.{name}.weight": dims for name, dims in layer.items()}
-    return tensors | {"output_norm.weight": (hidden,), "output.weight": (shape.vocab_size, hidden)}
+        tensors |= {f"blk.{index}.{name}": dims for name, dims in layer.items()}
+    return tensors | last
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith("ffn_gate_inp.weight")
 
 
 def _vector(name: str, size: int, planted: Planted | None) -> Iterator[NDArray[np.float32]]:
-    """Norms. Planted ones keep attention small, and channel 0 as large before the gates as `Planted.bias_step` says."""
-    values = np.ones(size, np.float32)
+    """Norms; their biases are 0. Planted ones keep attention small, and channel 0 as large before the gates as
+    `Planted.bias_step` says.
+    """
+    values = np.full(size, 0 if name.endswith(".bias") else 1, np.float32)
     if planted and name.endswith("attn_norm.weight"):
         values *= 0.1
     if planted and name.endswith("ffn_norm.weight"):
@@ -230,8 +263,9 @@ def _matrix(
     rng: np.random.Generator,
 ) -> Iterator[NDArray[np.uint8]]:
     """Blocks of random codes whose weights have a deviation of 1 / sqrt(columns), a piece at a time."""
-    num_blocks = dims[0] * _row_bytes(quant_type, dims[1]) // block_bytes
-    fields, deviation = SCALES[type_name], 1 / math.sqrt(dims[1])
+    *stack, columns = dims
+    num_blocks = math.prod(stack) * _row_bytes(quant_type, columns) // block_bytes
+    fields, deviation = SCALES[type_name], 1 / math.sqrt(columns)
     step = _STEP_BYTES // block_bytes
     for start in range(0, num_blocks, step):
         count = min(step, num_blocks - start)
@@ -264,7 +298,18 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
+    if shape.family == "falcon":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
+    if shape.wide_head_dim:
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+    if shape.num_experts:
+        writer.add_expert_count(shape.num_experts)
+        writer.add_expert_used_count(shape.num_experts_used)
+    if shape.family == "qwen3moe":
+        writer.add_expert_feed_forward_length(shape.ffn_size)
     writer.add_vocab_size(shape.vocab_size)
 
 
@@ -316,6 +361,8 @@ def main() -> None:
     planted = Planted(options.activation, options.active) if options.activation else None
     if planted and options.type_name != "Q4_0":
         parser.error("--activation is for --type Q4_0")
+    if planted and (shape.family != "llama" or shape.num_experts):
+        parser.error("--activation is for shapes of llamas without experts: it plants by the gate")
     write_synthetic(options.path, shape, options.type_name, options.seed, planted)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
 

@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "types": set(),
     "facts": {"types"},
     "probe": DATA | {"_native"},
-    "formats": DATA | {"_native"},  # _native: loops over strings
+    # _native: loops over strings; quantization: what a file stores in blocks along the wrong axis is rounded anew
+    "formats": DATA | {"_native", "quantization"},
     "tokenization": DATA | {"_native"},  # _native: merges of byte-level BPE
     "dialogue": DATA | {"tokenization"},
     "quantization": DATA | {"_native"},  # _native: pages of a mapped file
@@ -42,8 +43,9 @@ ARROWS: dict[str, set[str]] = {
     "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine", "program"},
     "sparsity": DATA | {"backends", "program", "quantization", "text"},
     "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
+    "quality": DATA | {"backends", "evaluation", "load_options", "program", "quantization", "sparsity", "text"},
     "assemble": DATA
-    | {"backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
+    | {"quality", "backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
     | {"sparsity", "tokenization"},
     "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
@@ -60,14 +62,15 @@ COMMANDS: dict[str, set[str]] = {
     "version": {"backends"},
     "tokenize": {"tokenization"},
     "profile": {"sparsity"},
+    "tune": {"quality", "load_options", "models"},
     "train_predictor": {"sparsity"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
 }
 # library: the rooms that may import it
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {
-        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quantization", "sparsity", "text"},
-        "tokenization",
+        *{"backends", "engine", "evaluation", "formats", "grammar", "program", "quality", "quantization", "sparsity"},
+        *{"text", "tokenization"},
     },
     "llguidance": {"grammar"},
     "huggingface_hub": {"formats"},

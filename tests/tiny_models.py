@@ -5,6 +5,7 @@
 The weights are random, so the answers are noise, but the same noise for the same arguments.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from isotherm.quantization.layouts import BLOCKS
 from isotherm.types import QuantType
 
-FAMILIES = ("llama", "qwen2", "gemma3", "opt")
+FAMILIES = ("llama", "bamboo", "qwen2", "qwen3", "qwen3moe", "gemma3", "opt", "falcon")
 
 _TEXT_MERGES = "Ġ t|h e|i n|Ġ a|o n|r e|e r|n d|Ġt he|a n|i s|o u|Ġ w|in g|Ġa nd|l l|o r|Ġ s|Ġ o|he r"
 _PIECES = "▁t|he|in|▁a|on|re|er|nd|▁the|an|is|ou|▁w|ing|▁and|ll|or|▁s|▁o|▁th|and|▁▁|▁in|▁is"
@@ -40,6 +41,9 @@ class TinySizes:
     vocab: str = ""  # "bpe" or "spm"; by default spm for gemma3, bpe for the others
     llama3_rope: bool = False  # adds rope_freqs.weight
     rope_scaling: float = 1.0  # linear
+    num_experts: int = 0  # llama: as Mixtral; qwen3moe has 6 where this is 0
+    num_experts_used: int = 2
+    shared_norm: bool = False  # falcon: one norm a layer, as in the 7B; else two, as in the 40B
     seed: int = 0
 
 
@@ -54,11 +58,14 @@ def write_tiny(
 ) -> Path:
     """Write a model of `family` with every matrix in `quant_type`; returns `path`.
 
-    `types`: of the matrices that are to have another one, by the part of the name before `.weight`, "attn_q" say.
+    `types`: of the matrices that are to have another one, by the part of the name before `.weight`, "attn_q" say;
+    routers of experts are F32 otherwise.
     `sizes` are fields of TinySizes; `metadata` adds keys or replaces those written by default, None leaves one out.
     """
     assert family in FAMILIES
     size = replace(TinySizes(), **sizes)
+    if family == "qwen3moe" and not size.num_experts:
+        size = replace(size, num_experts=6)
     if not size.vocab:
         size = replace(size, vocab="spm" if family == "gemma3" else "bpe")
     writer = gguf.GGUFWriter(path, family)
@@ -67,7 +74,8 @@ def write_tiny(
         if value is not None:
             add_value(writer, key, value)
     for name, shape in _tensor_shapes(family, size).items():
-        write_tensor(writer, name, shape, (types or {}).get(name.split(".")[-2], quant_type), size.seed)
+        stored = {"ffn_gate_inp": QuantType.F32, **(types or {})}.get(name.split(".")[-2], quant_type)
+        write_tensor(writer, name, shape, stored, size.seed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,10 +99,11 @@ def random_blocks(quant_type: QuantType, shape: tuple[int, int], seed: object = 
 def write_tensor(
     writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], quant_type: QuantType, seed: int = 0
 ) -> None:
-    """Add a random tensor: matrices in `quant_type`, vectors (norms, biases, rope factors) in F32."""
-    if len(shape) == 2:
-        assert shape[1] % quant_type.block_elements == 0, f"{name} {shape} does not fit {quant_type.value}"
-        data = random_blocks(quant_type, (shape[0], shape[1]), (name, seed))
+    """Add a random tensor: matrices, or stacks of them, in `quant_type`, vectors (norms, biases, factors) in F32."""
+    if len(shape) > 1:
+        *stack, columns = shape
+        assert columns % quant_type.block_elements == 0, f"{name} {shape} does not fit {quant_type.value}"
+        data = random_blocks(quant_type, (math.prod(stack), columns), (name, seed)).reshape(*stack, -1)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[quant_type.value])
         return
     noise = np.random.default_rng(hash_text(f"{name} {seed}")).standard_normal(shape)
@@ -150,11 +159,16 @@ def _model_metadata(family: str, size: TinySizes, quant_type: QuantType) -> dict
     }
     if family == "opt":
         return values | {"opt.attention.layer_norm_epsilon": 1e-5}
+    eps_key = "layer_norm_epsilon" if family == "falcon" else "layer_norm_rms_epsilon"
     values |= {
-        f"{family}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{family}.attention.{eps_key}": 1e-6,
         f"{family}.rope.dimension_count": size.head_dim,
-        f"{family}.rope.freq_base": 10000.0 if family == "llama" else 1000000.0,
+        f"{family}.rope.freq_base": 10000.0 if family in ("llama", "bamboo", "falcon") else 1000000.0,
     }
+    if size.num_experts:
+        values |= {f"{family}.expert_count": size.num_experts, f"{family}.expert_used_count": size.num_experts_used}
+    if family == "qwen3moe":  # whose FFN size is nobody's
+        values |= {"qwen3moe.expert_feed_forward_length": size.ffn_size, "qwen3moe.feed_forward_length": 6144}
     if family == "gemma3":
         values["gemma3.attention.sliding_window"] = size.sliding_window
     if size.rope_scaling != 1.0:
@@ -207,15 +221,26 @@ def _tensor_shapes(family: str, size: TinySizes) -> dict[str, tuple[int, ...]]:
     }
     if family == "qwen2":
         layer |= {"attn_q.bias": (q_rows,), "attn_k.bias": (kv_rows,), "attn_v.bias": (kv_rows,)}
-    if family == "gemma3":
+    if family in ("gemma3", "qwen3", "qwen3moe"):
         layer |= {"attn_q_norm.weight": (size.head_dim,), "attn_k_norm.weight": (size.head_dim,)}
+    if size.num_experts:
+        layer |= {"ffn_gate_inp.weight": (size.num_experts, hidden)}
+        for part in ("gate", "up", "down"):
+            layer[f"ffn_{part}_exps.weight"] = (size.num_experts, *layer.pop(f"ffn_{part}.weight"))
+    if family == "gemma3":
         layer |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if family == "falcon":
+        layer = {name: layer[name] for name in ("attn_output.weight", "ffn_up.weight", "ffn_down.weight")}
+        layer |= {"attn_qkv.weight": (q_rows + 2 * kv_rows, hidden)}
+        norms = ("attn_norm",) if size.shared_norm else ("attn_norm", "attn_norm_2")
+        layer |= {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
     if family == "opt":
         del layer["ffn_gate.weight"]
         layer |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in layer.items()}
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (size.vocab_size, hidden)}
     if family == "opt":
         shapes["position_embd.weight"] = (size.context_tokens + 2, hidden)
+    if family in ("opt", "falcon"):
         shapes["output_norm.bias"] = (hidden,)
     for index in range(size.num_layers):
         shapes |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}

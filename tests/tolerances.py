@@ -5,6 +5,9 @@
 # contract.exp against exp in float64: 2.1e-8 of the polynomial and half a unit in the last place (6e-8) of the last
 # rounding, with a little of the roundings before it. Measured: 8.9e-8.
 EXP_RELATIVE = 1.0e-7
+# Weights of experts against softmax in float64: a difference of logits up to 87 is rounded (87 * 6e-8, which is a share
+# of its exp), and so is each step of a sum of up to 64. Measured: 6e-7.
+ROUTE_RELATIVE = 1.0e-5
 
 # --- the float32 program ---
 
@@ -47,7 +50,10 @@ TOP1_AGREEMENT = 0.9
 
 # Share of neurons of a layer that fire, over some 10000 tokens: the golden shares are of another stretch of the text.
 ZERO_SHARE = 0.01
+# What rounding Q4_0 by neuron to Q8_0 by output moves, as share of the weights: a step is the largest of 32 normal
+# weights over 127, and a share of it, 1 over the root of 12, the mean change. Measured: 5.0e-3.
+REQUANTISED_SHARE = 0.006
 
 # Recall and share of predicted neurons, measured with the kernels' sums in another order than theirs: a score on the
-# threshold may fall on either side. Of 40000 scores one or two did.
+# threshold may fall on either side. Measured: one of 524288 did.
 PREDICTED_SHARE = 1e-3

@@ -90,6 +90,19 @@ class BoundExecutor {
     return executor_.read_weights();
   }
 
+  int few_rows() const { return executor_.few_rows(); }
+
+  void set_most_active(int step, int num_rows, int most_active) {
+    check_neurons(step, num_rows, most_active);
+    executor_.set_most_active(static_cast<size_t>(step), num_rows, most_active);
+  }
+
+  double time_neurons(int step, int num_rows, int num_active, bool is_alone) {
+    check_neurons(step, num_rows, num_active);
+    nb::gil_scoped_release nogil;
+    return executor_.time_neurons(static_cast<size_t>(step), num_rows, num_active, is_alone);
+  }
+
   double busy_s() const { return executor_.busy_s(); }
 
   void start_log(int64_t capacity) {
@@ -118,6 +131,12 @@ class BoundExecutor {
     int window;
   };
 
+  void check_neurons(int step, int num_rows, int num_neurons) const {
+    require(step >= 0 && step < limits_.num_steps && limits_.has_neurons[static_cast<size_t>(step)], "step of neurons");
+    require(num_rows > 0 && num_rows <= few_rows(), "rows");
+    require(num_neurons >= 0, "neurons");
+  }
+
   // What a batch is checked against.
   struct Limits {
     explicit Limits(const ProgramBuilder& builder)
@@ -127,6 +146,7 @@ class BoundExecutor {
           widths(builder.program_.widths) {
       for (const KvPool& pool : builder.program_.pools) pools.push_back({pool, 0});
       for (const Step& step : builder.program_.steps) {
+        has_neurons.push_back(isotherm::has_neurons(step));
         if (const auto* embed = std::get_if<EmbedStep>(&step)) num_embeddings = embed->weight.rows;
         if (const auto* embed = std::get_if<EmbedPositionsStep>(&step))
           num_positions = std::min(num_positions, embed->weight.rows - embed->first_row);
@@ -137,7 +157,8 @@ class BoundExecutor {
       }
     }
     int max_tokens, max_head_rows, num_steps;
-    std::vector<int> widths;  // of the buffers; the last one is the logits
+    std::vector<bool> has_neurons;  // by step
+    std::vector<int> widths;        // of the buffers; the last one is the logits
     int num_embeddings = 0, num_positions = INT32_MAX;
     std::vector<Pool> pools;
   };
@@ -246,6 +267,9 @@ void bind_executor(nb::module_& m) {
       .def("up", &ProgramBuilder::up)
       .def("trim", &ProgramBuilder::trim)
       .def("down", &ProgramBuilder::down)
+      .def("route", &ProgramBuilder::route)
+      .def("expert_glu", &ProgramBuilder::expert_glu)
+      .def("expert_down", &ProgramBuilder::expert_down)
       .def("attention", &ProgramBuilder::attention)
       .def("add_norm", &ProgramBuilder::add_norm)
       .def("select", &ProgramBuilder::select);
@@ -257,6 +281,9 @@ void bind_executor(nb::module_& m) {
       .def("observe", &BoundExecutor::observe)
       .def("read_page", &BoundExecutor::read_page)
       .def("write_page", &BoundExecutor::write_page)
+      .def_prop_ro("few_rows", &BoundExecutor::few_rows)
+      .def("set_most_active", &BoundExecutor::set_most_active)
+      .def("time_neurons", &BoundExecutor::time_neurons)
       .def("read_weights", &BoundExecutor::read_weights)
       .def_prop_ro("busy_s", &BoundExecutor::busy_s)
       .def("start_log", &BoundExecutor::start_log, nb::arg("capacity"))

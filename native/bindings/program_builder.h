@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <iterator>
@@ -135,25 +136,24 @@ class ProgramBuilder {
   }
 
   // activation(gate) * up, of neurons that fire; rows: of the matrix, each in one piece; none: all are computed.
-  void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out,
-          int most_active) {
+  void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out) {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
     const Activation named = activation_named(activation);
     const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
-    program_.steps.push_back(UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows, most_active), named,
-                                    fires_below_zero, out, most_active});
+    program_.steps.push_back(
+        UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows), named, fires_below_zero, out});
     arrays_.push_back(nb::cast(rows));
   }
 
   // A projection of the neurons whose score is not below the threshold; rows: as of `up`.
   void predicted(int x, NormRef norm_ref, const std::tuple<int, int, int>& projection, Bytes rows,
-                 const std::string& activation, int scores, float threshold, int most_active) {
+                 const std::string& activation, int scores, float threshold) {
     LinearStep linear = linear_step(x, norm_ref, {projection}, -1, activation);
     const Matrix& m = linear.projections[0].weight;
     require(width(scores) == m.rows, "predicted: scores");
-    const RowMatrix matrix = row_matrix(m, rows, most_active);
-    program_.steps.push_back(PredictedStep{std::move(linear), matrix, scores, threshold, most_active});
+    const RowMatrix matrix = row_matrix(m, rows);
+    program_.steps.push_back(PredictedStep{std::move(linear), matrix, scores, threshold});
     arrays_.push_back(nb::cast(rows));
   }
 
@@ -167,7 +167,7 @@ class ProgramBuilder {
 
   // neurons: codes of each column, then scales, then minima; form: as NeuronForm.
   void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons,
-            const std::tuple<bool, bool, bool, bool, int>& form, int most_active) {
+            const std::tuple<bool, bool, bool, bool, int>& form) {
     LinearStep linear = linear_step(x, {}, {projection}, residual, "");
     const Matrix& m = linear.projections[0].weight;
     const auto [is_nibble, is_half, has_minimum, is_halved, zero_point] = form;
@@ -186,8 +186,33 @@ class ProgramBuilder {
                               row_bytes,
                               block_bytes,
                               outputs};
-    program_.steps.push_back(DownStep{std::move(linear), matrix, most_active});
+    program_.steps.push_back(DownStep{std::move(linear), matrix});
     arrays_.push_back(nb::cast(neurons));
+  }
+
+  void route(int logits, int num_experts, int num_used, int out) {
+    require(num_used > 0 && num_used <= num_experts && num_used <= kMaxExpertsUsed, "route: experts");
+    require(width(logits) == num_experts && width(out) == 2 * num_used, "route: widths");
+    program_.steps.push_back(RouteStep{logits, out, num_experts, num_used});
+  }
+
+  void expert_glu(int x, NormRef norm_ref, int routes, int matrix, const std::string& activation, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, false, norm_ref, routes, m);
+    const int ffn_size = m.rows / input.num_experts;
+    require(m.is_pair && m.columns == width(x) && width(out) == input.num_used * ffn_size, "expert_glu: shapes");
+    require(ffn_size % kTileRows == 0, "expert_glu: whole panels");
+    program_.steps.push_back(ExpertGluStep{input, m, activation_named(activation), out});
+  }
+
+  void expert_down(int x, int routes, int matrix, int residual, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, true, {}, routes, m);
+    require(!m.is_pair && width(x) == input.num_used * m.columns && m.rows / input.num_experts == width(out),
+            "expert_down: shapes");
+    require(width(out) % kPanelRows == 0, "expert_down: whole panels");
+    require(residual < 0 || width(residual) == width(out), "expert_down: residual");
+    program_.steps.push_back(ExpertDownStep{input, m, residual, out});
   }
 
   void attention(const AttentionSpec& s) {
@@ -237,11 +262,33 @@ class ProgramBuilder {
     return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
   }
 
-  // Every row of a matrix in one piece; none, where most_active is below 0.
-  static RowMatrix row_matrix(const Matrix& m, const Bytes& rows, int most_active) {
-    const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
-    require(rows.size() % static_cast<size_t>(m.rows) == 0 && (row_bytes > 0 || most_active < 0), "rows of a matrix");
-    return {rows.data(), row_bytes, m.type_a};
+  // Every row of a matrix in one piece, or none.
+  static RowMatrix row_matrix(const Matrix& m, const Bytes& rows) {
+    require(rows.size() % static_cast<size_t>(m.rows) == 0, "rows of a matrix");
+    return {rows.data(), rows.size() / static_cast<size_t>(m.rows), m.type_a};
+  }
+
+  // Ids are not checked while they run: `routes` must come from a route.
+  ExpertInput expert_input(int x, bool has_ranks, NormRef norm_ref, int routes, const Matrix& m) const {
+    const auto writes = [&](const Step& step) {
+      return std::visit(
+          [&](const auto& s) {
+            if constexpr (requires { s.linear; })
+              return s.linear.projections[0].out == routes;
+            else if constexpr (requires { s.projections; })
+              return std::any_of(s.projections.begin(), s.projections.end(),
+                                 [&](const Projection& p) { return p.out == routes; });
+            else
+              return s.out == routes;
+          },
+          step);
+    };
+    const auto& steps = program_.steps;
+    const auto last = std::find_if(steps.rbegin(), steps.rend(), writes);
+    require(last != steps.rend() && std::holds_alternative<RouteStep>(*last), "experts: routes");
+    const RouteStep& route = std::get<RouteStep>(*last);
+    require(m.rows % route.num_experts == 0, "experts: rows");
+    return {x, has_ranks, norm(norm_ref, width(x)), routes, route.num_experts, route.num_used};
   }
 
   int width(int buffer) const { return program_.widths.at(buffer); }

@@ -7,6 +7,7 @@
 #include "chunks.inl"
 #include "matmul.inl"
 #include "sparse.inl"
+#include "experts.inl"
 #include "attention.inl"
 // clang-format on
 
@@ -14,9 +15,9 @@ namespace {
 
 constexpr isotherm::KernelTable make_table(const char* name) {
   return {
-      name,        kLoneTokens, kManyTokens,     &read_lines,    &rms_norm,    &layer_norm,    &add_norm,
-      &add,        &quantise,   &multiply_panel, &multiply_rows, &add_neurons, &finish_linear, &trim,
-      &finish_glu, &embed_row,  &rope,           &append,        &attend,      &attend_block,  &merge_blocks,
+      name,      kLoneTokens,     kManyTokens,    &read_lines,   &rms_norm,      &layer_norm, &add_norm,   &add,
+      &quantise, &multiply_panel, &multiply_rows, &add_neurons,  &finish_linear, &trim,       &finish_glu, &embed_row,
+      &rope,     &append,         &attend,        &attend_block, &merge_blocks,  &route,      &mix,
   };
 }
 

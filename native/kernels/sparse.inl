@@ -6,47 +6,72 @@ using namespace isotherm;
 
 // --- rows of up -----------------------------------------------------------------------------------------------------
 
-// What a row has per unit of columns, in this order, of one lane of a P32 tile.
+// What a row has per unit of columns, of one lane of a P32 tile: words of 32 bits in this order, each of which is 64
+// bytes of the tile: as it is, as two halves or as four bytes.
 struct RowUnit {
-  int columns, first_words, halves, bytes, words;
+  int columns, first_words, half_words, byte_words, words;
 
-  constexpr int row_bytes() const { return 4 * (first_words + words) + 2 * halves + bytes; }
+  constexpr int num_words() const { return first_words + half_words + byte_words + words; }
 };
 
-constexpr RowUnit factored_unit(int bits, int factors) { return {256, 1, 0, factors, 8 * bits}; }
+constexpr RowUnit factored_unit(int bits, int factors) { return {256, 1, 0, factors / 4, 8 * bits}; }
 
 // clang-format off: in the order of WeightType
 constexpr RowUnit kRowUnits[kNumWeightTypes] = {
-    {1, 1, 0, 0, 0}, {1, 0, 1, 0, 0}, {1, 0, 1, 0, 0},                                       // F32, F16, BF16
-    {64, 0, 2, 0, 8}, {32, 0, 2, 0, 4}, {64, 0, 2, 0, 10}, {32, 0, 2, 0, 5}, {64, 0, 2, 0, 16},  // Q4_0 to Q8_0
-    {256, 0, 2, 12, 32}, {256, 0, 2, 12, 40}, factored_unit(6, 16),                          // Q4_K, Q5_K, Q6_K
-    {64, 0, 2, 0, 8}, factored_unit(4, 8), {128, 0, 0, 4, 16}, {64, 0, 0, 4, 8},             // IQ4, MXFP4, NVFP4
-    {256, 0, 2, 16, 16}, factored_unit(3, 16), factored_unit(2, 0), factored_unit(2, 0),     // Q2_K, Q3_K, TQ
+    {1, 1, 0, 0, 0}, {2, 0, 1, 0, 0}, {2, 0, 1, 0, 0},                                       // F32, F16, BF16
+    {64, 0, 1, 0, 8}, {32, 0, 1, 0, 4}, {64, 0, 1, 0, 10}, {32, 0, 1, 0, 5}, {64, 0, 1, 0, 16},  // Q4_0 to Q8_0
+    {256, 0, 1, 3, 32}, {256, 0, 1, 3, 40}, factored_unit(6, 16),                            // Q4_K, Q5_K, Q6_K
+    {64, 0, 1, 0, 8}, factored_unit(4, 8), {128, 0, 0, 1, 16}, {64, 0, 0, 1, 8},             // IQ4, MXFP4, NVFP4
+    {256, 0, 1, 4, 16}, factored_unit(3, 16), factored_unit(2, 0), factored_unit(2, 0),      // Q2_K, Q3_K, TQ
     factored_unit(4, 8), factored_unit(4, 16), factored_unit(4, 8), factored_unit(4, 16),    // IQ1, IQ2_XXS, IQ2_XS
     factored_unit(4, 16), factored_unit(4, 8), factored_unit(4, 8),                          // IQ2_S, IQ3
 };
 // clang-format on
-constexpr int kMaxTileChunkBytes = kChunkColumns * kTileRows * 4;
+constexpr int kLineBytes = 64, kWordBytes = 4, kPieceWords = 4;
+constexpr int kMaxTileChunkBytes = kChunkColumns * kTileRows * kWordBytes;
 
-template <int kBytes>
-VEC uint8_t* gather_elements(const uint8_t* const* rows, size_t offset, int count, uint8_t* out) {
-  for (int i = 0; i < count; i++, out += kTileRows * kBytes)
+using FourWords = uint32_t __attribute__((vector_size(16)));
+
+// Four words of each of 16 rows, word by word.
+VEC void transpose_words(const uint8_t* const* rows, size_t offset, uint8_t* out) {
+  for (int group = 0; group < 4; group++) {
+    FourWords row[4];
+    for (int i = 0; i < 4; i++) __builtin_memcpy(&row[i], rows[4 * group + i] + offset, sizeof(FourWords));
+    const FourWords ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
+                    ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
+                    cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
+                    cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    const FourWords word[4] = {
+        __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+        __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; i++) __builtin_memcpy(out + kLineBytes * i + 16 * group, &word[i], sizeof(FourWords));
+  }
+}
+
+// A line of words as a line of their parts, first parts first.
+template <class Part>
+VEC void split_line(uint8_t* line) {
+  constexpr int kParts = kWordBytes / sizeof(Part);
+  uint32_t words[kTileRows];
+  Part parts[kParts * kTileRows];
+  __builtin_memcpy(words, line, kLineBytes);
+  for (int part = 0; part < kParts; part++)
     for (int lane = 0; lane < kTileRows; lane++)
-      __builtin_memcpy(out + lane * kBytes, rows[lane] + offset + static_cast<size_t>(i * kBytes), kBytes);
-  return out;
+      parts[part * kTileRows + lane] = static_cast<Part>(words[lane] >> (8 * sizeof(Part) * static_cast<size_t>(part)));
+  __builtin_memcpy(line, parts, kLineBytes);
 }
 
 // One tile over a chunk of columns that begins at `offset` of each of its 16 rows.
 void gather_tile(const uint8_t* const* rows, size_t offset, const RowUnit& unit, int num_units, uint8_t* tile) {
+  const int num_words = num_units * unit.num_words();
+  for (int word = 0; word < num_words; word += kPieceWords) {
+    const int first = word + kPieceWords <= num_words ? word : num_words - kPieceWords;  // some words twice
+    transpose_words(rows, offset + static_cast<size_t>(kWordBytes * first), tile + kLineBytes * first);
+  }
   for (int i = 0; i < num_units; i++) {
-    tile = gather_elements<4>(rows, offset, unit.first_words, tile);
-    offset += 4 * static_cast<size_t>(unit.first_words);
-    tile = gather_elements<2>(rows, offset, unit.halves, tile);
-    offset += 2 * static_cast<size_t>(unit.halves);
-    tile = gather_elements<1>(rows, offset, unit.bytes, tile);
-    offset += static_cast<size_t>(unit.bytes);
-    tile = gather_elements<4>(rows, offset, unit.words, tile);
-    offset += 4 * static_cast<size_t>(unit.words);
+    uint8_t* line = tile + kLineBytes * (i * unit.num_words() + unit.first_words);
+    for (int n = 0; n < unit.half_words; n++, line += kLineBytes) split_line<uint16_t>(line);
+    for (int n = 0; n < unit.byte_words; n++, line += kLineBytes) split_line<uint8_t>(line);
   }
 }
 
@@ -66,7 +91,7 @@ void multiply_rows(const RowsArgs& args) {
   for (int column = 0; column < x.columns; column += kChunkColumns) {
     const int columns = chunk_columns(x.columns, column), num_units = (columns + unit.columns - 1) / unit.columns;
     for (int n = 0; n < num_tiles; n++) gather_tile(rows[n], offset, unit, num_units, gathered[n]);
-    const size_t bytes = static_cast<size_t>(num_units * unit.row_bytes());
+    const size_t bytes = static_cast<size_t>(num_units * unit.num_words() * kWordBytes);
     for (int i = 0; i < args.num_next; i++) {
       const uint8_t* next = args.rows + static_cast<size_t>(args.next[i]) * args.row_bytes + offset;
       for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
@@ -122,6 +147,11 @@ void add_neurons(const NeuronsArgs& args) {
     const size_t line = static_cast<size_t>(output / kOutputs);
     for (int i = 0; i < args.num_next; i++)
       __builtin_prefetch(args.codes + static_cast<size_t>(args.next[i]) * args.row_bytes + 64 * line, 0, 2);
+    for (int at = output * kScaleBytes; args.num_next && at < (output + kOutputs) * kScaleBytes; at += 64) {
+      __builtin_prefetch(args.scales + args.next_block + at, 0, 2);
+      if constexpr (kIsHalved) __builtin_prefetch(args.scales + args.next_block + args.plane_bytes + at, 0, 2);
+      if constexpr (kHasMinimum) __builtin_prefetch(args.minima + args.next_block + at, 0, 2);
+    }
     F block[kVectors];
     for (int half = 0; half < (kIsHalved ? 2 : 1); half++) {
       const size_t plane = static_cast<size_t>(half) * args.plane_bytes;

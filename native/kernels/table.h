@@ -8,8 +8,10 @@ namespace isotherm {
 constexpr int kTileRows = 16;   // output rows in the lanes of one vector
 constexpr int kPanelRows = 32;  // two tiles, one stream
 constexpr int kChunkColumns = 256;
+constexpr int kMaxFewRows = 8;  // of KernelTable::few_rows
 constexpr int kPageTokens = 64;
 constexpr int kAttentionBlock = 512;  // positions of one softmax block
+constexpr int kMaxExpertsUsed = 64;   // of a token; a multiple of kTileRows
 
 // clang-format off
 enum class WeightType : int {
@@ -100,10 +102,10 @@ struct NeuronsArgs {
   const int32_t* next;        // columns that are read soon
   int num_next;
   const uint8_t *scales, *minima;  // of the block, by output; of its second half `plane_bytes` behind
-  size_t plane_bytes;
-  float sums[2], scale;          // of the activation codes of each half, or of the block
-  int first_output, end_output;  // multiples of 128
-  float* y;                      // [outputs]
+  size_t plane_bytes, next_block;  // those of the block of `next` are so many bytes behind
+  float sums[2], scale;            // of the activation codes of each half, or of the block
+  int first_output, end_output;    // multiples of 128
+  float* y;                        // [outputs]
 };
 
 // Columns [first, last), multiples of 16, of a row of `columns`: 0 where the magnitude of activation(x) is below the
@@ -115,6 +117,17 @@ struct TrimArgs {
   const float* thresholds;  // padded to 64
   float deviations;
   int first, last;
+  float* out;
+};
+
+// What the experts of a row say, 32 columns of it: out = sum over ranks of weights[rank] * totals[places[rank]], then
+// residual +.
+struct MixArgs {
+  const float* totals;  // [][32]
+  const int32_t* places;
+  const float* weights;
+  int num_used;
+  const float* residual;  // or null
   float* out;
 };
 
@@ -191,6 +204,9 @@ struct KernelTable {
   void (*attend)(const AttendArgs& args);                                    // all blocks, in order
   void (*attend_block)(const AttendArgs& args, int block, float* partials);  // one block, a partial a row
   void (*merge_blocks)(const float* partials, size_t block_stride, int num_blocks, int head_dim, float* out);
+  // out [2 * num_used]: ids of the experts with the largest logits, then their weights
+  void (*route)(const float* logits, int num_experts, int num_used, float* out);
+  void (*mix)(const MixArgs& args);
 };
 
 inline int bundle_rows(const KernelTable& kernels, int num_rows) {

@@ -53,6 +53,7 @@ Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_th
       counters_(program_.steps.size()) {
   while (select_ < program_.steps.size() && !std::holds_alternative<SelectStep>(program_.steps[select_])) select_++;
   measure();
+  for (const Step& step : program_.steps) most_active_.emplace_back().fill(has_neurons(step) ? 0 : -1);
 }
 
 template <class T>
@@ -61,8 +62,7 @@ T* Executor::allocate(size_t count) {
   return arenas_.back().as<T>();
 }
 
-QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs) {
-  const size_t elements = static_cast<size_t>(num_rows) * columns;
+QuantRows Executor::make_rows(size_t elements, const InputNeeds& needs) {
   QuantRows rows{};
   rows.codes = allocate<int8_t>(elements);
   rows.scales = allocate<float>(elements / kBlockColumns);
@@ -77,6 +77,8 @@ QuantRows Executor::make_rows(int num_rows, int columns, const InputNeeds& needs
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
   int columns = 64, head_dim = 16, tile_rows = 1, neurons = 1, outputs = 1;
+  size_t members = 0, places = 0, experts = 0, few_elements = 0, many_elements = 0;
+  const size_t rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
   InputNeeds needs;
   const auto look = [&](const Matrix& m) {
     columns = std::max(columns, m.padded_columns());
@@ -98,27 +100,40 @@ void Executor::measure() {
       look(down->linear.projections[0].weight);
       outputs = std::max(outputs, down->neurons.outputs);
     }
+    const auto look_at_experts = [&](const ExpertInput& input, const Matrix& m) {
+      look(m);
+      experts = std::max(experts, static_cast<size_t>(input.num_experts));
+      members = std::max(members, rows * input.num_used);
+      places = std::max(places, members + std::min(members, experts) * (kernels_.many_rows - 1));
+      few_elements = std::max(few_elements, static_cast<size_t>(input.num_used) * m.padded_columns());
+      many_elements = std::max(many_elements, places * m.padded_columns());
+    };
+    if (const auto* glu = std::get_if<ExpertGluStep>(&step)) look_at_experts(glu->input, glu->weight);
+    if (const auto* down = std::get_if<ExpertDownStep>(&step)) look_at_experts(down->input, down->weight);
     if (const auto* attention = std::get_if<AttentionStep>(&step)) {
       head_dim = std::max(head_dim, attention->head_dim);
       tile_rows = std::max(tile_rows, tile_tokens(*attention) * (attention->num_heads / attention->num_kv_heads));
     }
   }
-  const size_t num_buffers = program_.widths.size(),
-               rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
-  arenas_.reserve(num_buffers + 20 * (workers_.size() + 1));
+  const size_t num_buffers = program_.widths.size();
+  arenas_.reserve(num_buffers + 24 * (workers_.size() + 1));
   for (size_t i = 0; i < num_buffers; i++) {
     const size_t stride = static_cast<size_t>(program_.widths[i] + 63) / 64 * 64;
     const bool is_logits = i + 1 == num_buffers;  // the caller's array stands in for it
     buffers_.push_back({is_logits ? nullptr : allocate<float>(stride * rows), stride, program_.widths[i]});
   }
-  shared_ = make_rows(static_cast<int>(rows) + kernels_.many_rows - 1, columns, needs);  // the last bundle may be short
+  many_elements = std::max(many_elements, (rows + kernels_.many_rows - 1) * columns);  // the last bundle may be short
+  shared_ = make_rows(many_elements, needs);
   for (Worker& worker : workers_) {
-    worker.rows = make_rows(kRedundantRows, columns, needs);
+    worker.rows = make_rows(std::max(few_elements, static_cast<size_t>(kRedundantRows) * columns), needs);
     worker.normed = allocate<float>(static_cast<size_t>(columns));
-    worker.totals = allocate<float>(rows * kPanelRows);
+    worker.totals = allocate<float>(std::max(rows, places) * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
+    worker.fires = allocate<uint8_t>(static_cast<size_t>(neurons));
     worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
-    worker.sums = allocate<float>(static_cast<size_t>(outputs));
+    worker.sums = allocate<float>(static_cast<size_t>(kernels_.few_rows) * static_cast<size_t>(outputs));
+    worker.groups = {allocate<ExpertGroup>(std::min(members, experts)), 0, allocate<int32_t>(members),
+                     allocate<int32_t>(places), allocate<int32_t>(experts)};
   }
 }
 

@@ -1,6 +1,7 @@
 // Walks a program's steps on a thread pool. One batch at a time; no allocation and no look-up on the way.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -33,6 +34,22 @@ class Arena {
 // Up to so many rows each thread quantises the input for itself: cheaper than a barrier and other caches' dirty lines.
 constexpr int kRedundantRows = 2;
 
+// The rows that one expert computes. Their places, in the order of all groups, are where totals stand, and what is read
+// of the input, which is gathered so; but a single row that all experts read stands there once.
+struct ExpertGroup {
+  int expert, first, count;  // places
+  int input_first, bundle_rows;
+};
+
+// How the rows of a batch are shared out among experts. A member is a row and a rank: row * num_used + rank.
+struct ExpertGroups {
+  ExpertGroup* groups;  // experts rising
+  int count;
+  int32_t* places;     // by member
+  int32_t* members;    // by place
+  int32_t* by_expert;  // its group
+};
+
 class Executor {
  public:
   Executor(NativeProgram program, const KernelTable& kernels, int num_threads);
@@ -55,6 +72,13 @@ class Executor {
   bool observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
                const std::function<bool()>& poll);
 
+  // How many neurons of an UpStep, PredictedStep or DownStep may fire, in any of so many rows, that those are computed
+  // alone; at first 0. Nothing is set where there are no weights by neuron.
+  void set_most_active(size_t step, int num_rows, int most_active);
+
+  // Seconds of such a step in which `num_active` neurons fire, and are computed alone or with all others.
+  double time_neurons(size_t step, int num_rows, int num_active, bool is_alone);
+
   // Reads every weight that a token needs, each thread a contiguous share of each matrix, and computes nothing.
   // Seconds.
   double read_weights();
@@ -63,6 +87,8 @@ class Executor {
   double busy_s() const { return busy_s_; }
 
   int num_threads() const { return pool_.num_threads(); }
+  // Of which neurons may be computed alone.
+  int few_rows() const { return std::min(kernels_.few_rows, program_.max_tokens); }
 
   // From here on threads write down what they do, at most `capacity` marks each.
   void start_log(size_t capacity) { log_ = std::make_unique<StepLog>(num_threads(), capacity); }
@@ -80,14 +106,16 @@ class Executor {
     float* normed = nullptr;
     float* totals = nullptr;
     float* attend = nullptr;
-    int32_t* ids = nullptr;  // of neurons that fire
-    float* sums = nullptr;   // of down, by output
+    uint8_t* fires = nullptr;  // by neuron
+    int32_t* ids = nullptr;    // of neurons that fire
+    float* sums = nullptr;     // of down, row by row
+    ExpertGroups groups{};
   };
   struct alignas(64) Counter {
     std::atomic<int> next{0};
   };
 
-  QuantRows make_rows(int num_rows, int columns, const InputNeeds& needs);
+  QuantRows make_rows(size_t elements, const InputNeeds& needs);
   template <class T>
   T* allocate(size_t count);
   void measure();
@@ -117,23 +145,37 @@ class Executor {
   bool run_step(const UpStep& step, size_t index, int thread);
   bool run_step(const TrimStep& step, size_t index, int thread);
   bool run_step(const DownStep& step, size_t index, int thread);
+  bool run_step(const RouteStep& step, size_t index, int thread);
+  bool run_step(const ExpertGluStep& step, size_t index, int thread);
+  bool run_step(const ExpertDownStep& step, size_t index, int thread);
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
-  // More rows fire more neurons, and are computed whole; so are those that are no single bundle.
-  bool is_sparse(int num_rows) const { return num_rows <= std::min(kRedundantRows, kernels_.few_rows); }
+  const float* normed(int x, const Norm& norm, int row, int columns, int thread);
+  // Rows that are no single bundle are computed whole: together they fire most neurons.
+  bool is_sparse(int num_rows) const { return num_rows <= kernels_.few_rows; }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
   // Of a row's neurons; null where none may be left out.
   const float* scores_of(const PredictedStep& step, size_t index, int row) const {
     return is_trimmed(index, row) ? buffers_[step.scores].row(row) : nullptr;
   }
+  int find_predicted(const PredictedStep& step, size_t index, int thread);
   void multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread);
   template <class Finish>
   void rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
                        int thread, const Finish& finish);
-  void down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread);
+  int most_active(size_t step, int num_rows) const { return most_active_[step][static_cast<size_t>(num_rows - 1)]; }
+  int find_firing(const UpStep& step, int num_rows, int thread);
+  void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
+  int expert_of(const ExpertInput& input, int row, int rank) const {
+    return static_cast<int>(buffers_[input.routes].row(row)[rank]);
+  }
+  void group_rows(const ExpertInput& input, int num_rows, ExpertGroups& found);
+  bool gather(const ExpertInput& input, const Matrix& w, size_t index, int thread, QuantRows& rows);
+  void multiply_group(const Matrix& w, int num_experts, const ExpertGroup& group, int panel, const QuantRows& rows,
+                      float* totals);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);
@@ -156,8 +198,9 @@ class Executor {
   std::vector<float> partials_;
   BatchView batch_{};
   std::vector<int> positions_;
-  std::vector<uint8_t> trimmed_;  // whether each token's sequence is
-  size_t select_ = 0;             // index of the first SelectStep
+  std::vector<uint8_t> trimmed_;                           // whether each token's sequence is
+  std::vector<std::array<int, kMaxFewRows>> most_active_;  // by step and number of rows
+  size_t select_ = 0;                                      // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
   std::unique_ptr<StepLog> log_;  // null: nobody asked

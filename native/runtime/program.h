@@ -35,6 +35,16 @@ struct InputNeeds {
       values |= type == WeightType::F32 || type == WeightType::F16 || type == WeightType::BF16;
     }
   }
+
+  // `rows` as an input of so many columns, without what no weight reads.
+  QuantRows part_of(QuantRows rows, int columns) const {
+    rows.columns = (columns + 63) / 64 * 64;
+    for (int i = 0; i < kNumStarts; i++)
+      if (!starts[i]) rows.starts[i] = nullptr;
+    if (!half_sums) rows.half_sums = nullptr;
+    if (!values) rows.values = nullptr;
+    return rows;
+  }
 };
 
 struct Norm {
@@ -76,7 +86,7 @@ struct GluStep {
   int out;
 };
 
-// Rows of a matrix, each in one piece, for those that fire.
+// Rows of a matrix, each in one piece, for those that fire; row_bytes 0: there are none.
 struct RowMatrix {
   const uint8_t* rows;
   size_t row_bytes;
@@ -91,8 +101,7 @@ struct NeuronMatrix {
   int outputs;                    // a multiple of 128
 };
 
-// Hidden values, activation(gate) * up: of those neurons whose gate fires, where at most `most_active` of few rows do;
-// else of all. Rows may be missing, where most_active is -1.
+// Hidden values, activation(gate) * up: of those neurons whose gate fires, where few do; else of all.
 struct UpStep {
   int x;
   Norm norm;
@@ -101,17 +110,16 @@ struct UpStep {
   RowMatrix rows;
   Activation activation;
   bool fires_below_zero;
-  int out, most_active;
+  int out;
 };
 
 // A projection of those neurons whose score is not below the threshold, 0 of the others; all of them, in rows of
-// sequences that are not trimmed. Rows of the matrix may be missing, where most_active is -1.
+// sequences that are not trimmed.
 struct PredictedStep {
   LinearStep linear;  // of one projection, without a residual
   RowMatrix rows;
   int scores;
   float threshold;
-  int most_active;
 };
 
 // What is below a threshold becomes 0, in the rows of sequences that are trimmed.
@@ -122,11 +130,42 @@ struct TrimStep {
   float deviations;
 };
 
-// Down of those neurons whose code is not zero, where at most `most_active` of few rows are so; else of all.
+// Down of those neurons whose code is not zero, where few are so; else of all.
 struct DownStep {
   LinearStep linear;  // of one projection
   NeuronMatrix neurons;
-  int most_active;
+};
+
+// Which experts compute a row: their ids by rank, then their weights.
+struct RouteStep {
+  int logits, out;
+  int num_experts, num_used;
+};
+
+// Rows that experts read: those of an expert stand together.
+struct ExpertInput {
+  int x;
+  bool has_ranks;  // whether x has a row for each rank, side by side
+  Norm norm;       // of x
+  int routes;      // what a RouteStep wrote
+  int num_experts, num_used;
+
+  int panels_used(const Matrix& m) const { return m.num_panels() / num_experts * num_used; }  // by a row
+};
+
+// Hidden values of the experts of each row, side by side.
+struct ExpertGluStep {
+  ExpertInput input;
+  Matrix weight;  // pairs of all experts, each of whole panels
+  Activation activation;
+  int out;
+};
+
+struct ExpertDownStep {
+  ExpertInput input;  // x: hidden values
+  Matrix weight;      // of all experts, each of whole panels
+  int residual;       // buffer, or -1
+  int out;
 };
 
 struct AttentionStep {
@@ -150,7 +189,15 @@ struct SelectStep {
 };
 
 using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, PredictedStep, UpStep, TrimStep, DownStep,
-                          AttentionStep, AddNormStep, SelectStep>;
+                          RouteStep, ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
+
+// Whether it has weights by neuron.
+inline bool has_neurons(const Step& step) {
+  const auto* up = std::get_if<UpStep>(&step);
+  const auto* predicted = std::get_if<PredictedStep>(&step);
+  return (up && up->rows.row_bytes) || (predicted && predicted->rows.row_bytes) ||
+         std::holds_alternative<DownStep>(step);
+}
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
 struct KvPool {

@@ -1,5 +1,6 @@
 // Steps that compute the neurons that fire. Every thread finds out for itself which those are: from the same numbers,
 // so that all agree.
+#include <cmath>
 #include <cstring>
 
 #include "panels.h"
@@ -49,42 +50,91 @@ struct LiveBlock {
   }
 };
 
+// Neurons whose code is not zero in any row.
+int count_live(const QuantRows& x, int num_rows) {
+  int count = 0;
+  for (int quad = 0; quad < x.columns / kQuadBytes; quad++) {
+    uint32_t any = 0, codes;
+    for (int r = 0; r < num_rows; r++) {
+      std::memcpy(&codes, x.codes + static_cast<size_t>(quad * num_rows + r) * kQuadBytes, sizeof codes);
+      any |= codes;
+    }
+    for (; any; any >>= 8) count += (any & 255) != 0;
+  }
+  return count;
+}
+
+// Ids of the neurons that fire, rising; how many. There is room for one more than all.
+int list_neurons(const uint8_t* fires, int width, int32_t* ids) {
+  int count = 0;
+  for (int i = 0; i < width; i++) {
+    ids[count] = i;
+    count += fires[i];
+  }
+  return count;
+}
+
 }  // namespace
+
+// A thread's share of the `count` neurons that are needed, 32 at a time: finish(row, ids, how many, totals) writes
+// them. Zeros between them.
+template <class Finish>
+void Executor::rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
+                               int thread, const Finish& finish) {
+  const int32_t* ids = workers_[thread].ids;
+  float* totals = workers_[thread].totals;
+  const Range mine = share(count, thread, pool_.num_threads());
+  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
+  const int begin = thread == 0 ? 0 : place(mine.first);
+  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
+  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
+  for (int first = mine.first; first < mine.last; first += kPanelRows) {
+    const int valid = std::min(kPanelRows, mine.last - first);
+    const int num_next = std::min(kPanelRows, mine.last - first - valid);
+    kernels_.multiply_rows({matrix.rows, matrix.row_bytes, matrix.type, ids + first, valid, ids + first + valid,
+                            num_next, &x, num_rows, totals});
+    for (int r = 0; r < num_rows; r++) finish(r, ids + first, valid, totals + r * kPanelRows);
+  }
+}
 
 bool Executor::run_step(const PredictedStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   const Projection& p = step.linear.projections[0];
   const Buffer& out = buffers_[p.out];
-  int32_t* ids = workers_[thread].ids;
-  int count = 0;
-  const float* scores[kRedundantRows];
-  if (is_sparse(num_rows)) {
-    for (int r = 0; r < num_rows; r++) scores[r] = scores_of(step, index, r);
-    for (int i = 0; i < out.width; i++) {
-      bool is_needed = false;
-      for (int r = 0; r < num_rows; r++) is_needed |= !scores[r] || !(scores[r][i] < step.threshold);
-      ids[count] = i;
-      count += is_needed;
-    }
-  }
+  const int count = is_sparse(num_rows) ? find_predicted(step, index, thread) : 0;
   InputNeeds needs;
   needs.add(p.weight);
   QuantRows x;
   if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
-  if (!is_sparse(num_rows) || count > step.most_active) {
+  if (!is_sparse(num_rows) || count > most_active(index, num_rows)) {
     multiply_predicted(step, x, index, thread);
     return false;
   }
   rows_of_neurons(step.rows, out, x, count, num_rows, thread,
                   [&](int r, const int32_t* some, int valid, float* totals) {
+                    const float* scores = scores_of(step, index, r);
                     float bias[kPanelRows] = {}, y[kPanelRows];
                     if (p.bias)
                       for (int i = 0; i < valid; i++) bias[i] = p.bias[some[i]];
                     kernels_.finish_linear(totals, p.bias ? bias : nullptr, step.linear.activation, nullptr, y);
                     for (int i = 0; i < valid; i++)
-                      if (!scores[r] || !(scores[r][some[i]] < step.threshold)) out.row(r)[some[i]] = y[i];
+                      if (!scores || !(scores[some[i]] < step.threshold)) out.row(r)[some[i]] = y[i];
                   });
   return false;
+}
+
+// Neurons that are predicted in any row, into the thread's ids; all, where a row may leave none out.
+int Executor::find_predicted(const PredictedStep& step, size_t index, int thread) {
+  const int width = buffers_[step.scores].width;
+  uint8_t* fires = workers_[thread].fires;
+  std::fill(fires, fires + width, uint8_t{0});
+  for (int r = 0; r < rows_of(index); r++) {
+    const float* scores = scores_of(step, index, r);
+    if (!scores) std::fill(fires, fires + width, uint8_t{1});
+    if (scores)
+      for (int i = 0; i < width; i++) fires[i] |= !(scores[i] < step.threshold);
+  }
+  return list_neurons(fires, width, workers_[thread].ids);
 }
 
 // Of all neurons, those that are not predicted among them, which become 0.
@@ -108,46 +158,16 @@ void Executor::multiply_predicted(const PredictedStep& step, const QuantRows& x,
   });
 }
 
-// A thread's share of the `count` neurons that are needed, 32 at a time: finish(row, ids, how many, totals) writes
-// them. Zeros between them.
-template <class Finish>
-void Executor::rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
-                               int thread, const Finish& finish) {
-  const int32_t* ids = workers_[thread].ids;
-  float* totals = workers_[thread].totals;
-  const Range mine = share(count, thread, pool_.num_threads());
-  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
-  const int begin = thread == 0 ? 0 : place(mine.first);
-  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
-  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
-  for (int first = mine.first; first < mine.last; first += kPanelRows) {
-    const int valid = std::min(kPanelRows, mine.last - first);
-    const int num_next = std::min(kPanelRows, mine.last - first - valid);
-    kernels_.multiply_rows({matrix.rows, matrix.row_bytes, matrix.type, ids + first, valid, ids + first + valid,
-                            num_next, &x, num_rows, totals});
-    for (int r = 0; r < num_rows; r++) finish(r, ids + first, valid, totals + r * kPanelRows);
-  }
-}
-
 bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
   const Buffer &gate = buffers_[step.gate], &out = buffers_[step.out];
-  int32_t* ids = workers_[thread].ids;
-  int count = 0;
-  if (is_sparse(num_rows))
-    for (int i = 0; i < gate.width; i++) {  // what is not a number fires, so that it is seen
-      bool fires = false;
-      for (int r = 0; r < num_rows; r++)
-        fires |= step.fires_below_zero ? gate.row(r)[i] != 0.0f : !(gate.row(r)[i] <= 0.0f);
-      ids[count] = i;
-      count += fires;
-    }
+  const int count = is_sparse(num_rows) ? find_firing(step, num_rows, thread) : 0;
   const Matrix& w = step.weight;
   InputNeeds needs;
   needs.add(w);
   QuantRows x;
   if (quantise(step.x, step.norm, w.columns, needs, index, thread, x)) return true;
-  if (is_sparse(num_rows) && count <= step.most_active) {
+  if (is_sparse(num_rows) && count <= most_active(index, num_rows)) {
     rows_of_neurons(step.rows, out, x, count, num_rows, thread,
                     [&](int r, const int32_t* some, int valid, float* rows) {
                       for (int tile = 0; tile < valid; tile += kTileRows) {
@@ -178,6 +198,57 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   return false;
 }
 
+// Neurons that fire in any row, into the thread's ids; what is not a number fires, so that it is seen.
+int Executor::find_firing(const UpStep& step, int num_rows, int thread) {
+  const Buffer& gate = buffers_[step.gate];
+  uint8_t* fires = workers_[thread].fires;
+  std::fill(fires, fires + gate.width, uint8_t{0});
+  for (int r = 0; r < num_rows; r++) {
+    const float* row = gate.row(r);
+    if (step.fires_below_zero) {
+      for (int i = 0; i < gate.width; i++) fires[i] |= row[i] != 0.0f;
+    } else {
+      for (int i = 0; i < gate.width; i++) fires[i] |= !(row[i] <= 0.0f);
+    }
+  }
+  return list_neurons(fires, gate.width, workers_[thread].ids);
+}
+
+void Executor::set_most_active(size_t step, int num_rows, int most_active) {
+  int& bound = most_active_[step][static_cast<size_t>(num_rows - 1)];
+  if (bound >= 0) bound = most_active;
+}
+
+double Executor::time_neurons(size_t step, int num_rows, int num_active, bool is_alone) {
+  const auto* up = std::get_if<UpStep>(&program_.steps[step]);
+  const auto* predicted = std::get_if<PredictedStep>(&program_.steps[step]);
+  const auto* down = std::get_if<DownStep>(&program_.steps[step]);
+  const Buffer& firing = buffers_[up ? up->gate : predicted ? predicted->scores : down->linear.x];
+  const float fired = predicted ? predicted->threshold : 1.0f, silent = predicted ? -INFINITY : 0.0f;
+  for (int r = 0; r < num_rows; r++)
+    for (int i = 0; i < firing.width; i++) {
+      // spread evenly, and without a pattern: the same for all rows
+      const bool fires = static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u) * firing.width >> 32 < num_active;
+      firing.row(r)[i] = fires ? fired + static_cast<float>(i % 7) : silent;
+    }
+  if (up || predicted)
+    for (int r = 0; r < num_rows; r++) {
+      const Buffer& x = buffers_[up ? up->x : predicted->linear.x];
+      std::fill_n(x.row(r), x.width, 1.0f);
+    }
+  static constexpr int32_t kRows[kMaxFewRows] = {0, 1, 2, 3, 4, 5, 6, 7};
+  batch_.num_tokens = batch_.num_logit_rows = head_count_ = num_rows;
+  batch_.logit_rows = kRows;
+  head_first_ = 0;
+  trimmed_.assign(static_cast<size_t>(num_rows), 1);
+  const int bound = most_active(step, num_rows);
+  set_most_active(step, num_rows, is_alone ? firing.width : -1);
+  const double before_s = busy_s_;
+  walk(step, step + 1, nullptr);
+  most_active_[step][static_cast<size_t>(num_rows - 1)] = bound;
+  return busy_s_ - before_s;
+}
+
 bool Executor::run_step(const TrimStep& step, size_t index, int thread) {
   const Buffer &x = buffers_[step.x], &out = buffers_[step.out];
   const int num_rows = rows_of(index), units = static_cast<int>(x.stride / 64);
@@ -204,57 +275,63 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   needs.add(p.weight);
   QuantRows x;
   if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
-  int count = 0;
-  for (int i = 0; i < p.weight.columns * num_rows; i++) count += x.codes[i] != 0;
   bool is_sound = true;  // what is not a number must reach every output
   for (int i = 0; i < x.columns / kBlockColumns * num_rows; i++) is_sound &= x.scales[i] - x.scales[i] == 0.0f;
-  if (count > step.most_active * num_rows || !is_sound) {
+  if (!is_sound || count_live(x, num_rows) > most_active(index, num_rows)) {
     multiply_linear(step.linear, x, index, thread);
-    return false;
+  } else {
+    down_of(step, x, num_rows, thread);
   }
-  for (int r = 0; r < num_rows; r++) down_of(step, x, r, num_rows, thread);
   return false;
 }
 
-// A thread's share of the outputs of one row, block after block.
-void Executor::down_of(const DownStep& step, const QuantRows& x, int row, int num_rows, int thread) {
+// A thread's share of the outputs, block after block: what a block's neurons have is read once for all rows.
+void Executor::down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread) {
   const NeuronMatrix& n = step.neurons;
   float* sums = workers_[thread].sums;
   const Range units = share(n.outputs / kOutputUnit, thread, pool_.num_threads());
   const int begin = units.first * kOutputUnit, end = units.last * kOutputUnit;
   if (begin == end) return;
-  std::fill(sums + begin, sums + end, 0.0f);
+  for (int r = 0; r < num_rows; r++) std::fill(sums + r * n.outputs + begin, sums + r * n.outputs + end, 0.0f);
   const int num_blocks = x.columns / kBlockColumns;
-  LiveBlock live[2];
-  const auto find = [&](int block, LiveBlock& to) {
-    while (block < num_blocks && !to.collect(x, block, row, num_rows, n.form.is_halved)) block++;
+  LiveBlock live[2][kMaxFewRows];
+  const auto find = [&](int block, LiveBlock* to) {
+    for (bool found = false; block < num_blocks; block++) {
+      for (int r = 0; r < num_rows; r++) found |= to[r].collect(x, block, r, num_rows, n.form.is_halved);
+      if (found) break;
+    }
     return block;
   };
-  int i = 0;
-  for (int block = find(0, live[i]), next; block < num_blocks; block = next, i = 1 - i) {
-    const LiveBlock &one = live[i], &soon = live[1 - i];
-    next = find(block + 1, live[1 - i]);
+  int now = 0;
+  for (int block = find(0, live[now]), next; block < num_blocks; block = next, now = 1 - now) {
+    next = find(block + 1, live[1 - now]);
     const size_t planes = static_cast<size_t>(block) * n.block_bytes;
-    kernels_.add_neurons({n.form,
-                          n.codes,
-                          n.row_bytes,
-                          one.ids,
-                          one.codes,
-                          {one.ends[0], one.ends[1]},
-                          soon.ids,
-                          next < num_blocks ? kQuadBytes * soon.ends[1] : 0,
-                          n.scales + planes,
-                          n.minima + planes,
-                          n.block_bytes / 2,
-                          {one.sums[0], one.sums[1]},
-                          x.scales[block * num_rows + row],
-                          begin,
-                          end,
-                          sums});
+    for (int r = 0; r < num_rows; r++) {
+      const LiveBlock &one = live[now][r], &soon = live[1 - now][r];
+      if (one.ends[1] == 0) continue;
+      kernels_.add_neurons({n.form,
+                            n.codes,
+                            n.row_bytes,
+                            one.ids,
+                            one.codes,
+                            {one.ends[0], one.ends[1]},
+                            soon.ids,
+                            next < num_blocks ? kQuadBytes * soon.ends[1] : 0,
+                            n.scales + planes,
+                            n.minima + planes,
+                            n.block_bytes / 2,
+                            static_cast<size_t>(next - block) * n.block_bytes,
+                            {one.sums[0], one.sums[1]},
+                            x.scales[block * num_rows + r],
+                            begin,
+                            end,
+                            sums + r * n.outputs});
+    }
   }
   const Projection& p = step.linear.projections[0];
-  for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
-    store_linear(step.linear, p, row, column, sums + column);
+  for (int r = 0; r < num_rows; r++)
+    for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
+      store_linear(step.linear, p, r, column, sums + r * n.outputs + column);
 }
 
 }  // namespace isotherm

@@ -37,32 +37,28 @@ bool Executor::run_step(const EmbedPositionsStep& step, size_t, int thread) {
   return false;
 }
 
+// A row of buffer `x`, padded to 64 columns, through its norm if there is one.
+const float* Executor::normed(int x, const Norm& norm, int row, int columns, int thread) {
+  const float* values = buffers_[x].row(row);
+  if (!norm.weight) return values;
+  float* out = workers_[thread].normed;
+  if (norm.bias) {
+    kernels_.layer_norm(values, norm.weight, norm.bias, columns, norm.eps, out);
+  } else {
+    kernels_.rms_norm(values, norm.weight, columns, norm.eps, out);
+  }
+  std::fill(out + (columns + 15) / 16 * 16, out + (columns + 63) / 64 * 64, 0.0f);
+  return out;
+}
+
 bool Executor::quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread,
                         QuantRows& rows) {
   const int num_rows = rows_of(index);
   const bool redundant = num_rows <= kRedundantRows;
-  Worker& worker = workers_[thread];
-  rows = redundant ? worker.rows : shared_;
-  rows.columns = (columns + 63) / 64 * 64;
+  rows = needs.part_of(redundant ? workers_[thread].rows : shared_, columns);
   rows.bundle_rows = bundle_rows(kernels_, num_rows);
-  for (int i = 0; i < kNumStarts; i++)
-    if (!needs.starts[i]) rows.starts[i] = nullptr;
-  if (!needs.half_sums) rows.half_sums = nullptr;
-  if (!needs.values) rows.values = nullptr;
   const Range mine = redundant ? Range{0, num_rows} : share(num_rows, thread, pool_.num_threads());
-  for (int i = mine.first; i < mine.last; i++) {
-    const float* row = buffers_[x].row(i);
-    if (norm.weight) {
-      if (norm.bias) {
-        kernels_.layer_norm(row, norm.weight, norm.bias, columns, norm.eps, worker.normed);
-      } else {
-        kernels_.rms_norm(row, norm.weight, columns, norm.eps, worker.normed);
-      }
-      std::fill(worker.normed + (columns + 15) / 16 * 16, worker.normed + rows.columns, 0.0f);
-      row = worker.normed;
-    }
-    kernels_.quantise(row, rows, i);
-  }
+  for (int i = mine.first; i < mine.last; i++) kernels_.quantise(normed(x, norm, i, columns, thread), rows, i);
   if (!redundant) return barrier(index, thread, Phase::kPrepare);
   if (log_) log_->mark(thread, index, Phase::kPrepare);
   return false;
@@ -132,8 +128,8 @@ bool Executor::run_step(const GluStep& step, size_t index, int thread) {
 double Executor::read_weights() {
   const auto started = std::chrono::steady_clock::now();
   pool_.run([&](int thread) {
-    const auto read = [&](const Matrix& m) {
-      const Range mine = share(m.num_panels(), thread, pool_.num_threads());
+    const auto read = [&](const Matrix& m, int num_panels = 0) {
+      const Range mine = share(num_panels ? num_panels : m.num_panels(), thread, pool_.num_threads());
       kernels_.read_lines(m.data + mine.first * m.panel_bytes, (mine.last - mine.first) * m.panel_bytes);
     };
     for (const Step& step : program_.steps) {
@@ -143,6 +139,9 @@ double Executor::read_weights() {
       if (const auto* predicted = std::get_if<PredictedStep>(&step)) read(predicted->linear.projections[0].weight);
       if (const auto* up = std::get_if<UpStep>(&step)) read(up->weight);
       if (const auto* down = std::get_if<DownStep>(&step)) read(down->linear.projections[0].weight);
+      if (const auto* glu = std::get_if<ExpertGluStep>(&step)) read(glu->weight, glu->input.panels_used(glu->weight));
+      if (const auto* down = std::get_if<ExpertDownStep>(&step))
+        read(down->weight, down->input.panels_used(down->weight));
     }
   });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();

@@ -98,10 +98,9 @@ class ProgramBuilder:
         rows: NDArray[np.uint8],
         activation: str,
         out: int,
-        most_active: int,
         /,
     ) -> None:
-        """rows: of the matrix, as quantization/neurons.py has them; empty where most_active is -1."""
+        """rows: of the matrix, as quantization/neurons.py has them; empty: all are computed."""
 
     def predicted(
         self,
@@ -112,7 +111,6 @@ class ProgramBuilder:
         activation: str,
         scores: int,
         threshold: float,
-        most_active: int,
         /,
     ) -> None:
         """projection, activation: as of `linear`. rows: as of `up`, of the projection's matrix."""
@@ -127,11 +125,15 @@ class ProgramBuilder:
         residual: int,
         neurons: NDArray[np.uint8],
         form: tuple[bool, bool, bool, bool, int],
-        most_active: int,
         /,
     ) -> None:
         """neurons, form: of quantization/neurons.py."""
 
+    def route(self, logits: int, num_experts: int, num_used: int, out: int, /) -> None: ...
+    def expert_glu(self, x: int, norm: NormRef, routes: int, matrix: int, activation: str, out: int, /) -> None:
+        """matrix: the pairs of all experts, one after the other."""
+
+    def expert_down(self, x: int, routes: int, matrix: int, residual: int, out: int, /) -> None: ...
     def attention(self, spec: AttentionSpec, /) -> None: ...
     def add_norm(self, a: int, b: int, norm: NormRef, out: int, /) -> None: ...
     def select(self, x: int, out: int, /) -> None: ...
@@ -169,6 +171,14 @@ class Executor:
         """Writes the page's bytes, of all layers, into `out`. Raises ValueError for another length."""
 
     def write_page(self, group: int, page: int, data: NDArray[np.uint8], /) -> None: ...
+    @property
+    def few_rows(self) -> int:
+        """Rows of a batch of which neurons may be computed alone."""
+
+    def set_most_active(self, step: int, num_rows: int, most_active: int, /) -> None: ...
+    def time_neurons(self, step: int, num_rows: int, num_active: int, is_alone: bool, /) -> float:
+        """Seconds of a step in which `num_active` neurons fire; no batch is computed meanwhile."""
+
     def read_weights(self) -> float:
         """Reads what a token needs of the weights and computes nothing; seconds."""
 

@@ -12,6 +12,7 @@ from isotherm.backends.cpu.isa import choose_isa
 from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
 from isotherm.backends.cpu.packing import (
     BY_NEURON,
+    PackedCache,
     lower_by_neuron,
     open_packed,
     pack_in_memory,
@@ -35,8 +36,8 @@ from isotherm.probe import available_memory_bytes, physical_cores
 from isotherm.program.backend import CompiledProgram
 from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
-from isotherm.quantization.packed_cache import enforce_cap
-from isotherm.quantization.packed_file import SUFFIX, PackedWeights
+from isotherm.quality.choice import chosen_program
+from isotherm.quantization.packed_file import PackedWeights
 from isotherm.sparsity.predictor import with_predictors
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
@@ -55,7 +56,7 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
     with _collector_off():
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, reporter.notice)
         return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
 
 
@@ -82,8 +83,9 @@ class _Assembly:
         self._checkpoint = checkpoint
         self._options = options
         self._reporter = reporter
-        program, tensors = FAMILIES[checkpoint.config.family](checkpoint.config), checkpoint.tensors
-        self._program, self._tensors = with_predictors(program, tensors, options.predictor, checkpoint.identity)
+        recorded, tensors = FAMILIES[checkpoint.config.family](checkpoint.config), checkpoint.tensors
+        chosen = chosen_program(recorded, options.quality, cache_dir(), checkpoint.identity)
+        self._program, self._tensors = with_predictors(chosen, tensors, options.predictor, checkpoint.identity)
         self._lowered = self._lower(is_sparse=options.sparse and options.backend == "cpu")
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
@@ -118,8 +120,8 @@ class _Assembly:
             isa = self._isa
             weights = self._packed()
             checkpoint.close()  # what the packed form holds is never read from the source
-            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
             compiled = CpuBackend(weights, isa=isa, num_threads=self._num_threads).compile(lowered, limits)
+            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
         tokenizer = build_tokenizer(checkpoint.tokenizer)
         store = open_store(self._options, checkpoint.identity, lowered, compiled, self._reporter.notice)
         engine_limits = EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._options.parallel)
@@ -131,8 +133,8 @@ class _Assembly:
             quantization=checkpoint.quantization,
             num_parameters=checkpoint.num_parameters,
             file_bytes=checkpoint.num_bytes,
-            token_bytes=token_bytes(self._entries, is_head_tied=checkpoint.config.tied_head),
-            token_ops=token_ops(self._entries),
+            token_bytes=token_bytes(lowered, self._entries, is_head_tied=checkpoint.config.tied_head),
+            token_ops=token_ops(lowered, self._entries),
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
@@ -188,12 +190,8 @@ class _Assembly:
         return context_tokens, forecast
 
     def _packed(self) -> PackedWeights:
-        checkpoint, notice = self._checkpoint, self._reporter.notice
-        folder = cache_dir() / "packed"
-        path = folder / f"{checkpoint.path.stem}-{checkpoint.identity[:16]}{SUFFIX}"
-        if self._options.cache_bytes == 0:
+        checkpoint, cap_bytes = self._checkpoint, self._options.cache_bytes
+        if cap_bytes == 0:
             return pack_in_memory(self._lowered, self._tensors)
-        weights = open_packed(self._lowered, self._tensors, path, checkpoint.identity, notice)
-        for evicted in enforce_cap(folder, self._options.cache_bytes, keep=path):
-            notice(f"removed {evicted.path.name} from the cache of packed models: it is full")
-        return weights
+        cache = PackedCache(cache_dir() / "packed", cap_bytes, checkpoint.path.stem, checkpoint.identity)
+        return open_packed(self._lowered, self._tensors, cache, self._reporter.notice)

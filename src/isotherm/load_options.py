@@ -14,6 +14,7 @@ MAX_PARALLEL = 256
 
 
 EXACT = "exact"
+CHOICE_SUFFIX = ".npz"  # of the file of a choice, which stands for its budget
 _BUDGET = re.compile(r"(kl)=([0-9.e-]+)|(ppl)=\+?([0-9.e-]+)%")
 
 
@@ -29,8 +30,8 @@ class Budget:
 
 
 def parse_budget(quality: str) -> Budget | None:
-    """None: exact. Raises OptionError for what is no quality."""
-    if quality == EXACT:
+    """None: exact, or the file of a choice. Raises OptionError for what is no quality."""
+    if quality == EXACT or quality.endswith(CHOICE_SUFFIX):
         return None
     if match := _BUDGET.fullmatch(quality.strip()):
         try:
@@ -39,7 +40,10 @@ def parse_budget(quality: str) -> Budget | None:
             limit = math.nan
         if 0 < limit <= 1:
             return Budget(match[1] or match[3], limit)
-    raise OptionError(f"quality {quality!r}; it must be exact, kl=NATS as in kl=0.01, or ppl=+PERCENT% as in ppl=+1%")
+    raise OptionError(
+        f"quality {quality!r}; it must be exact, kl=NATS as in kl=0.01, or ppl=+PERCENT% as in ppl=+1%, "
+        "or a file of `isotherm tune`"
+    )
 
 
 def check_load_options(options: LoadOptions) -> None:

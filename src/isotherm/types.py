@@ -121,6 +121,14 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: how many FFNs a layer has, and how many of them compute a token."""
+
+    num_experts: int
+    num_used: int  # up to num_experts
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a family's recorder needs to know of a model, whatever file it came from."""
 
@@ -128,7 +136,7 @@ class ModelConfig:
     name: str
     num_layers: int
     hidden_size: int
-    ffn_size: int
+    ffn_size: int  # of one expert, where there are experts
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -145,6 +153,8 @@ class ModelConfig:
     local_rope: Rope | None = None
     global_every: int | None = None
     first_position_row: int = 0  # of the table of learned positions: the row of position 0
+    experts: Experts | None = None  # None: an FFN that computes every token
+    shared_norm: bool = False  # of attention and FFN side by side: both read one norm
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,8 @@ class LoadOptions:
     kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means
     kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
     sparse: bool = True  # compute only the neurons that fire, where that is quicker; answers are the same
-    quality: str = "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
+    quality: str = (
+        "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
+    )
     predictor: str | Path | None = None  # file of `isotherm train-predictor`: neurons it takes not to fire count as 0
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

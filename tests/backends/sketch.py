@@ -71,11 +71,13 @@ class Finished:
         compiled.forward(batch)
         return compiled.logits(0, len(batch.logit_rows))
 
-    def compile(self, isa: str, num_threads: int = 2, num_pages: tuple[int, ...] = ()) -> CompiledCpu:
-        """For batches of up to 2048 tokens and positions."""
+    def compile(
+        self, isa: str, num_threads: int = 2, num_pages: tuple[int, ...] = (), most_active: float = 1.0
+    ) -> CompiledCpu:
+        """For batches of up to 2048 tokens and positions. most_active: see CpuBackend."""
         memory = PackedMemory()
         pack_program(self.program, self.tensors, memory)
-        backend = CpuBackend(memory, isa=isa, num_threads=num_threads)
+        backend = CpuBackend(memory, isa=isa, num_threads=num_threads, most_active=most_active)
         return backend.compile(self.program, CpuLimits(2048, num_pages, max_tokens=2048, max_head_rows=2048))
 
     def _num_pages(self, batch: Batch) -> tuple[int, ...]:

@@ -35,8 +35,21 @@ def test_native_is_the_contract(tmp_path: Path, family: str, quant_type: QuantTy
         for i in (0, 1):
             assert_equal(actual[i], expected[i], f"{isa}, step {i}")
     truth = run(model.reference(lowered=False), steps[0])
-    share = np.abs(expected[0] - truth).max() / np.abs(truth).max()
+    off = np.abs(expected[0] - truth).max(axis=1) / np.abs(truth).max()
+    # what is rounded otherwise chooses, here and there, another expert
+    share = np.median(off) if model.checkpoint.config.experts else off.max()
     assert share < (FLOAT_WEIGHTS_SHARE if quant_type.is_float else QUANTISED_SHARE)
+
+
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_one_norm_and_one_kv_head_side_by_side(tmp_path: Path, activation: str) -> None:
+    """As in Falcon 7B; the family above is like the 40B."""
+    sizes = {"num_heads": 5, "num_kv_heads": 1, "shared_norm": True, **SMALL}
+    model = make_tiny(tmp_path, "falcon", QuantType.Q4_0, activation, **sizes)
+    step = model.batch(text_ids(18))
+    expected = run(model.reference(), step)
+    for isa in ISAS:
+        assert_equal(run(model.native(isa), step), expected, isa)
 
 
 def test_a_file_of_many_types_through_the_front_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ def mixed(trims: tuple[bool, ...], num_new: int = 1) -> Batch:
 
 BATCHES = [
     *(mixed(trims) for trims in ((True,), (False,), (True, True), (True, False), (False, True), (True, False, True))),
+    *(mixed((True,) * count) for count in (5, 8)),
+    mixed((True, False) * 3),
     *(mixed(trims, NUM_TOKENS // 2) for trims in ((True, True), (True, False), (False, True))),
 ]
 
@@ -61,11 +63,11 @@ BATCHES = [
 def check(finished: Finished, *, against: Finished | None = None) -> None:
     expected = [(against or finished).reference(batch) for batch in BATCHES]
     for isa in ISAS:
-        for num_threads in (1, 2, 3):
-            compiled = finished.compile(isa, num_threads)
+        for num_threads, most_active in ((1, 1.0), (2, 1.0), (3, 1.0), (2, 0.2)):
+            compiled = finished.compile(isa, num_threads, most_active=most_active)
             for batch, logits in zip(BATCHES, expected, strict=True):
                 what = [(sequence.num_new, sequence.is_trimmed) for sequence in batch.sequences]
-                assert_equal(run(compiled, batch), logits, f"{isa}, {num_threads} threads, {what}")
+                assert_equal(run(compiled, batch), logits, f"{isa}, {num_threads} threads, up to {most_active}, {what}")
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -220,7 +222,7 @@ def test_only_activations_with_zeros_are_predicted(tmp_path: Path) -> None:
 
 def test_the_dump_names_the_predictor(tmp_path: Path) -> None:
     model, _ = with_predictors(make_tiny(tmp_path, "llama", QuantType.Q4_0, "relu"), by_neuron=True)
-    line = "predictor=predictor(layers.0.up.predictor_first, layers.0.up.predictor_second, rank=32, threshold=0.05"
+    line = "predictor=Predictor(first=layers.0.up.predictor_first, second=layers.0.up.predictor_second, rank=32, thres"
     assert line in model.recorded.dump()
     assert "PredictedLinear(scores=%" in model.lowered.dump()
     assert isinstance(model.recorded, Program)

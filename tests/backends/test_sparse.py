@@ -1,6 +1,7 @@
 """Only the neurons that fire: the bits of the dense kernels, for every weight type, instruction set and share."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,23 +51,25 @@ def sketch_ffn(up: QuantType, down: QuantType, share: float, activation: Activat
     return sketch.finish(y)
 
 
-def check(up: QuantType, down: QuantType, share: float, activation: Activation) -> None:
+def check(
+    up: QuantType, down: QuantType, share: float, activation: Activation, most_active: tuple[float, ...] = (1.0,)
+) -> None:
     expected = sketch_ffn(up, down, share, activation, is_sparse=False).reference(chain(NUM_TOKENS, num_states=0))
     finished = sketch_ffn(up, down, share, activation, is_sparse=True)
     assert_equal(finished.reference(chain(NUM_TOKENS, num_states=0)), expected, "reference")
     for isa in ISAS:
-        for num_threads in (1, 2, 3):
-            compiled = finished.compile(isa, num_threads)
-            for num_tokens in (1, 2, 3, NUM_TOKENS):
+        for num_threads, most in product((1, 2, 3), most_active):
+            compiled = finished.compile(isa, num_threads, most_active=most)
+            for num_tokens in (1, 2, 3, 5, 8, NUM_TOKENS):
                 compiled.forward(chain(num_tokens, num_states=0))
-                what = f"{isa}, {num_threads} threads, {num_tokens} tokens"
+                what = f"{isa}, {num_threads} threads, {num_tokens} tokens, up to {most}"
                 assert_equal(compiled.logits(0, num_tokens), expected[:num_tokens], what)
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("activation", ZEROS)
 def test_any_share(activation: Activation, share: float) -> None:
-    check(QuantType.Q4_0, QuantType.Q4_0, share, activation)
+    check(QuantType.Q4_0, QuantType.Q4_0, share, activation, (1.0, 0.2, 0.0))
 
 
 @pytest.mark.parametrize("down", NEURON_TYPES)
@@ -101,7 +104,9 @@ def test_neurons_hold_the_codes_and_scales(quant_type: QuantType) -> None:
         else:
             codes = lines[:, output // 64, byte]
         assert codes.tolist() == fields.codes[output].tolist()
-    planes = packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, fields.scale.shape[1], 256)
+    planes = (
+        packed[num_code_bytes:].view(np.float16 if form.is_half else np.float32).reshape(-1, fields.scale.shape[1], 256)
+    )
     assert np.array_equal(planes[0, :, :outputs].T.astype(np.float32), fields.scale)
     assert (len(planes) == 2) == form.has_minimum == (fields.minimum is not None)
     if fields.minimum is not None:
@@ -137,13 +142,15 @@ def test_what_is_not_a_number_reaches_every_output(position: int) -> None:
 # --- whole models
 
 
-@pytest.mark.parametrize(("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", "")])
+@pytest.mark.parametrize(
+    ("family", "activation"), [("llama", "relu"), ("llama", "drelu"), ("opt", ""), ("falcon", "relu"), ("bamboo", "")]
+)
 def test_whole_models(family: str, activation: str, tmp_path: Path) -> None:
     model = make_tiny(tmp_path, family, QuantType.Q4_0, activation)
     by_neurons = model.by_neurons()
     kinds = {type(op) for op in by_neurons.lowered.ops}
     assert ops.SparseDown in kinds
-    assert (ops.SparseUp in kinds) == (family == "llama")
+    assert (ops.SparseUp in kinds) == (family in ("llama", "bamboo"))
     steps = [model.batch(text_ids(18)), *(model.batch(text_ids(1, seed=i), 18 + i) for i in range(20))]
     for isa in ISAS:
         dense, sparse = model.native(isa), by_neurons.native(isa, num_threads=1)

@@ -1,4 +1,4 @@
-"""Values of an FFN that a lossy rule takes as 0: the same bits by neuron and whole, for those sequences that are trimmed."""
+"""Values of an FFN that a lossy rule takes as 0: the same bits by neuron and whole, for sequences that are trimmed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +66,7 @@ def test_what_is_not_a_number_stays() -> None:
 
 
 def trimmed(program: Program, gate: Trim | None, hidden: Trim | None) -> Program:
-    changed = [
-        replace(op, trim_gate=gate, trim_hidden=hidden) if isinstance(op, ops.Ffn) else op for op in program.ops
-    ]
+    changed = [replace(op, trim_gate=gate, trim_hidden=hidden) if isinstance(op, ops.Ffn) else op for op in program.ops]
     return replace(program, ops=tuple(changed))
 
 

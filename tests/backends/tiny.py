@@ -36,7 +36,7 @@ class TinyModel:
     packed: PackedMemory
 
     def native(self, isa: str, num_threads: int = 2, *, num_pages: int = 32, max_tokens: int = 2048) -> CompiledCpu:
-        backend = CpuBackend(self.packed, isa=isa, num_threads=num_threads)
+        backend = CpuBackend(self.packed, isa=isa, num_threads=num_threads, most_active=1.0)
         limits = CpuLimits(MAX_POSITIONS, (num_pages,) * len(self.lowered.states), max_tokens, max_head_rows=max_tokens)
         return backend.compile(self.lowered, limits)
 
@@ -69,7 +69,7 @@ class TinyModel:
 
 
 def make_tiny(folder: Path, family: str, quant_type: QuantType, activation: str = "", **sizes: Any) -> TinyModel:
-    """activation: of llama, where it is not SiLU. `sizes`: see tiny_models.TinySizes.
+    """activation: where it is not the one of the family. `sizes`: see tiny_models.TinySizes.
 
     Every second layer of gemma3 is a global one.
     """

@@ -13,6 +13,7 @@ import pytest
 
 import isotherm
 from isotherm.formats.checkpoint import open_checkpoint
+from isotherm.program import ops
 
 ROOT = Path(__file__).parents[2]
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -27,18 +28,20 @@ def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def write_synthetic(path: Path, type_name: str) -> Path:
-    run = run_script("synthetic.py", path, "--shape", "tiny", "--type", type_name)
+def write_synthetic(path: Path, type_name: str, shape: str = "tiny") -> Path:
+    run = run_script("synthetic.py", path, "--shape", shape, "--type", type_name)
     assert run.returncode == 0, run.stderr
     return path
 
 
-@pytest.mark.parametrize("type_name", TYPES)
-def test_a_synthetic_model_has_sane_weights_and_opens(tmp_path: Path, type_name: str) -> None:
-    path = write_synthetic(tmp_path / "synthetic.gguf", type_name)
+@pytest.mark.parametrize(
+    ("shape", "type_name"), [*(("tiny", type_name) for type_name in TYPES), ("falcon-tiny", "Q4_0")]
+)
+def test_a_synthetic_model_has_sane_weights_and_opens(tmp_path: Path, shape: str, type_name: str) -> None:
+    path = write_synthetic(tmp_path / "synthetic.gguf", type_name, shape)
     for tensor in gguf.GGUFReader(path).tensors:  # as the gguf package reads and decodes it
         if len(tensor.shape) == 1:
-            assert (tensor.data == 1).all()
+            assert (tensor.data == (0 if tensor.name.endswith("bias") else 1)).all()
             continue
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         deviation = 1 / math.sqrt(values.shape[1])
@@ -47,6 +50,24 @@ def test_a_synthetic_model_has_sane_weights_and_opens(tmp_path: Path, type_name:
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.quantization.startswith(type_name)
         assert checkpoint.config.vocab_size == 512
+        assert checkpoint.config.family == ("falcon" if shape.startswith("falcon") else "llama")
+
+
+@pytest.mark.parametrize("shape", ["tiny-mixtral", "tiny-qwen3moe"])
+def test_synthetic_experts_are_all_used(tmp_path: Path, shape: str) -> None:
+    path = write_synthetic(tmp_path / "synthetic.gguf", "Q4_K", shape)
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            assert 0.7 < values.std() * math.sqrt(values.shape[-1]) < 1.2, tensor.name
+    with isotherm.load(path, threads=1, cache_bytes=0) as model:
+        experts = model.facts.config.experts
+        assert experts is not None
+        assert experts.num_used < experts.num_experts
+        routes = [op.out for op in model.program.ops if isinstance(op, ops.Route)]
+        chosen: list[int] = []
+        model.observe(list(range(200)), set(routes), lambda _, rows: chosen.extend(rows[:, : experts.num_used].flat))
+        assert set(chosen) == set(range(experts.num_experts))
 
 
 def test_a_synthetic_model_runs_and_takes_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +83,12 @@ def test_a_synthetic_model_runs_and_takes_any_text(tmp_path: Path, monkeypatch: 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     first, second = (write_synthetic(tmp_path / name, "Q4_K") for name in ("a.gguf", "b.gguf"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_cannot_be_planted_is_refused(tmp_path: Path) -> None:
+    run = run_script("synthetic.py", tmp_path / "x.gguf", "--shape", "falcon-tiny", "--activation", "relu")
+    assert run.returncode == 2
+    assert "plants by the gate" in run.stderr
 
 
 def test_an_impossible_shape_is_refused(tmp_path: Path) -> None:

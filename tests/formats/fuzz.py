@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from formats.attacks.mutation import mutate
 from formats.attacks.raw_gguf import RawGguf
+from formats.powerinfer_files import write_pair
 from tiny_models import write_tiny
 
 from isotherm.errors import ModelFileError
@@ -72,13 +73,23 @@ def make_corpus(folder: Path) -> list[tuple[bytes, int]]:
     raw = RawGguf()
     corpus = [(raw.build(), len(raw.header()))]
     sizes: dict[str, Any] = {"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "num_layers": 1}
-    for family, quant_type in (("llama", QuantType.Q8_0), ("qwen2", QuantType.Q4_0), ("gemma3", QuantType.F16)):
+    models = {
+        "llama": QuantType.Q8_0,
+        "qwen2": QuantType.Q4_0,
+        "qwen3moe": QuantType.Q4_1,
+        "gemma3": QuantType.F16,
+    }
+    for family, quant_type in models.items():
         for vocab in ("bpe", "spm"):
             path = write_tiny(folder / "sound.gguf", family, quant_type, vocab=vocab, **sizes)
             data = path.read_bytes()
             corpus.append((data, data.rindex(b"output_norm.weight") + 64))
             # the tables after the vocabulary are where a model is decided
             corpus.append((data, len(data) // 20))
+    for family in ("llama", "opt"):
+        data = write_pair(folder, family, QuantType.Q4_0, **sizes)[0].read_bytes()
+        corpus.append((data, data.rindex(b"output_norm.") + 64))
+        corpus.append((data, len(data) // 20))
     return corpus
 
 

@@ -96,22 +96,27 @@ def test_real_qwen2(real_model: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_its_canonical_name(family: str, tiny: Callable[..., Checkpoint]) -> None:
     layer = ["attn_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down"]
-    if family == "opt":
+    if family in ("opt", "falcon"):
         layer.remove("gate")
     layer += {
         "llama": [],
+        "bamboo": [],
         "qwen2": ["q_bias", "k_bias", "v_bias"],
+        "qwen3": ["q_norm", "k_norm"],
+        "qwen3moe": ["q_norm", "k_norm", "router"],
         "gemma3": ["q_norm", "k_norm", "post_attn_norm", "post_ffn_norm"],
         "opt": [f"{name}_bias" for name in layer],
+        "falcon": ["attn_norm_bias", "ffn_norm_bias"],
     }[family]
     expected = {"embed", "final_norm", "head"} | {f"layers.{i}.{name}" for i in range(2) for name in layer}
-    expected |= {"positions", "final_norm_bias"} if family == "opt" else set()
+    expected |= {"positions"} if family == "opt" else set()
+    expected |= {"final_norm_bias"} if family in ("opt", "falcon") else set()
     with tiny(family, QuantType.Q4_K, tied_head=False) as checkpoint:
         assert set(checkpoint.tensors) == expected
         assert checkpoint.config.vocab_size == 330
         assert checkpoint.quantization == "Q4_K_M"
         assert checkpoint.num_bytes == sum(source.read().nbytes for source in checkpoint.tensors.values())
-        assert checkpoint.tensors["layers.1.down"].shape == (256, 512)
+        assert checkpoint.tensors["layers.1.down"].shape == (256 * (6 if family == "qwen3moe" else 1), 512)
         for name, source in checkpoint.tensors.items():
             assert source.name == name
             assert source.read().shape == (source.shape[0], source.row_bytes)
@@ -239,7 +244,7 @@ def test_quantized_rows_move_whole(quant_type: QuantType, tmp_path: Path) -> Non
             assert np.array_equal(canonical[head * 64 + row], stored_q[head * 64 + stored_row])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3moe", "gemma3"])
 def test_other_families_are_stored_in_halves(family: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", family, QuantType.F32, num_layers=1)
     theirs = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
@@ -247,6 +252,61 @@ def test_other_families_are_stored_in_halves(family: str, tmp_path: Path) -> Non
         for name in "qk":
             data = checkpoint.tensors[f"layers.0.{name}"].read()
             assert data.tobytes() == theirs[f"blk.0.attn_{name}.weight"].tobytes()
+
+
+# falcon
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.F32, QuantType.Q4_0, QuantType.Q6_K])
+def test_q_k_and_v_are_rows_of_one_matrix(quant_type: QuantType, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", "falcon", quant_type, num_layers=1)
+    fused = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}["blk.0.attn_qkv.weight"]
+    rows = fused.view(np.uint8).reshape((4 + 2 * 2) * 64, -1)
+    with open_checkpoint(path) as checkpoint:
+        q, k, v = (checkpoint.tensors[f"layers.0.{part}"] for part in "qkv")
+        assert (q.shape, k.shape, v.shape) == ((256, 256), (128, 256), (128, 256))
+        assert np.array_equal(np.concatenate([part.read() for part in (q, k, v)]), rows)
+        assert np.array_equal(k.read(3, 70), rows[256 + 3 : 256 + 70])
+        assert np.array_equal(v.read(127), rows[-1:])
+        assert v.read(5, 5).shape == (0, v.row_bytes)
+        assert checkpoint.num_parameters == sum(
+            tensor.n_elements for tensor in gguf.GGUFReader(path).tensors
+        )  # none is counted twice
+
+
+def test_which_norm_of_falcon_is_which(tmp_path: Path) -> None:
+    """The converter of llama.cpp names ln_mlp attn_norm and ln_attn attn_norm_2; a norm of both is attn_norm."""
+    path = write_tiny(tmp_path / "two.gguf", "falcon", QuantType.F32)
+    theirs = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    with open_checkpoint(path) as checkpoint:
+        assert not checkpoint.config.shared_norm
+        for name, stored in (("attn_norm", "attn_norm_2"), ("ffn_norm", "attn_norm")):
+            for suffix, part in (("", "weight"), ("_bias", "bias")):
+                data = checkpoint.tensors[f"layers.1.{name}{suffix}"].read()
+                assert data.tobytes() == theirs[f"blk.1.{stored}.{part}"].tobytes()
+    path = write_tiny(tmp_path / "one.gguf", "falcon", QuantType.F32, shared_norm=True, num_kv_heads=1)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.config.shared_norm
+        assert checkpoint.config.num_kv_heads == 1
+        assert not [name for name in checkpoint.tensors if "ffn_norm" in name]
+
+
+def test_bamboo_has_the_rows_of_llama_and_an_activation_of_its_own(tmp_path: Path) -> None:
+    sources = {}
+    for family in ("llama", "bamboo"):
+        path = write_tiny(tmp_path / f"{family}.gguf", family, QuantType.F32, num_layers=1)
+        with open_checkpoint(path) as checkpoint:
+            sources[family] = {name: source.read().tobytes() for name, source in checkpoint.tensors.items()}
+            assert checkpoint.config.activation is (Activation.DRELU if family == "bamboo" else Activation.SILU)
+    assert sources["llama"] == sources["bamboo"]
+
+
+def test_what_a_falcon_may_say_of_itself(tiny: Callable[..., Checkpoint]) -> None:
+    same = {"falcon.use_parallel_residual": True, "falcon.tensor_data_layout": "jploski"}
+    with tiny("falcon", metadata=same) as checkpoint:
+        assert checkpoint.config.activation is Activation.GELU_TANH
+    with tiny("falcon", metadata={"isotherm.activation": "relu"}) as checkpoint:
+        assert checkpoint.config.activation is Activation.RELU
 
 
 # activations and positions
@@ -258,7 +318,9 @@ def test_llama_may_name_its_activation(activation: Activation, tiny: Callable[..
         assert checkpoint.config.activation is activation
 
 
-@pytest.mark.parametrize(("family", "value"), [("llama", "swish"), ("gemma3", "relu"), ("opt", "silu")])
+@pytest.mark.parametrize(
+    ("family", "value"), [("llama", "swish"), ("gemma3", "relu"), ("opt", "silu"), ("falcon", "drelu")]
+)
 def test_other_activations_are_refused(family: str, value: str, tiny: Callable[..., Checkpoint]) -> None:
     with pytest.raises(UnsupportedModel, match=r"isotherm\.activation is"):
         tiny(family, metadata={"isotherm.activation": value})
@@ -384,19 +446,27 @@ def test_names_cannot_write_to_the_terminal(tiny: Callable[..., Checkpoint]) -> 
 @pytest.mark.parametrize(
     ("family", "metadata", "says"),
     [
-        ("llama", {"general.architecture": "mamba"}, "architecture 'mamba' .* known: llama, qwen2, gemma3"),
+        ("llama", {"general.architecture": "mamba"}, "architecture 'mamba' .* known: llama, bamboo, qwen2, qwen3"),
         ("llama", {"general.type": "adapter"}, "holds 'adapter'"),
-        ("llama", {"llama.expert_count": 8}, "llama.expert_count is 8"),
+        ("qwen2", {"qwen2.expert_count": 8}, "qwen2.expert_count is 8"),
         ("llama", {"llama.logit_scale": 0.5}, "logit_scale"),
         ("llama", {"llama.embedding_scale": 12.0}, "embedding_scale"),
         ("llama", {"llama.attention.causal": False}, "causal is False"),
-        ("llama", {"llama.expert_count": [1, 2]}, "expert_count"),
         ("llama", {"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
         ("qwen2", {"qwen2.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ("llama", {"llama.attention.sliding_window": 100}, "sliding-window attention is not supported in llama"),
         ("gemma3", {"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
         ("gemma3", {"gemma3.attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
         ("gemma3", {"gemma3.attention.value_length": 32}, "must be equal"),
+        ("llama", {"llama.use_parallel_residual": True}, "use_parallel_residual is True"),
+        ("falcon", {"falcon.use_parallel_residual": False}, "use_parallel_residual is False"),
+        (
+            "falcon",
+            {"falcon.tensor_data_layout": "interleaved"},
+            "tensor_data_layout is 'interleaved'; known is jploski",
+        ),
+        ("falcon", {"falcon.tensor_data_layout": 7}, "tensor_data_layout is 7"),
+        ("falcon", {"falcon.attention.max_alibi_bias": 8.0}, "max_alibi_bias is 8"),
         ("llama", {"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not supported"),
     ],
 )
@@ -433,6 +503,9 @@ def test_what_this_version_lacks_is_unsupported(
         ("llama", {"llama.rope.dimension_count": 63}, "dimension_count is 63, expected an even number"),
         ("llama", {"llama.rope.dimension_count": 128}, "dimension_count is 128"),
         ("llama", {"llama.context_length": 0}, "context_length is 0"),
+        ("falcon", {"falcon.attention.head_count_kv": 1}, r"attn_qkv.weight has the dimensions \[256, 512\], .* 384\]"),
+        ("falcon", {"falcon.attention.head_count_kv": 4}, r"attn_qkv.weight has the dimensions"),
+        ("falcon", {"falcon.attention.layer_norm_epsilon": None}, "layer_norm_epsilon is missing"),
         ("gemma3", {"gemma3.attention.sliding_window_pattern": 0}, "pattern is 0"),
         ("gemma3", {"gemma3.attention.sliding_window_pattern": [True, False]}, "pattern is array"),
         ("llama", {"tokenizer.ggml.model": None}, "tokenizer.ggml.model is missing"),
@@ -476,6 +549,12 @@ def test_vocabulary_and_embedding_must_agree(tiny: Callable[..., Checkpoint]) ->
         ("qwen2", "blk.1.attn_k.bias", "blk.1.attn_k.bias is missing"),
         ("gemma3", "blk.0.post_ffw_norm.weight", "post_ffw_norm.weight is missing"),
         ("llama", "output.weight", "'xutput.weight' has no place"),
+        ("falcon", "blk.1.attn_qkv.weight", "blk.1.attn_qkv.weight is missing"),
+        ("falcon", "blk.1.attn_norm_2.weight", "blk.1.attn_norm_2.weight is missing"),
+        ("falcon", "blk.0.attn_norm_2.weight", "attn_norm_2.* has no place"),
+        ("falcon", "blk.0.attn_norm_2.bias", "blk.0.attn_norm_2.bias is missing"),
+        ("llama", "blk.0.ffn_down.weight", "blk.0.ffn_down.weight is missing"),
+        ("falcon", "output_norm.bias", "output_norm.bias is missing"),
     ],
 )
 def test_every_tensor_is_missed(family: str, tensor: str, says: str, tmp_path: Path) -> None:

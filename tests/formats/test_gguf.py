@@ -153,6 +153,14 @@ def write_split(folder: Path, num_parts: int = 3) -> list[Path]:
     return sorted(folder.glob("big-*.gguf"))
 
 
+def test_parts_of_two_dialects_are_of_two_models(tmp_path: Path) -> None:
+    paths = write_split(tmp_path)
+    paths[1].write_bytes(b"PWRI" + paths[1].read_bytes()[4:])
+    for path in paths:
+        with pytest.raises(ModelFileError, match="of another format than"):
+            open_gguf(path)
+
+
 def test_split_files_open_from_any_part(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     assert [path.name for path in paths] == [f"big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]

@@ -23,7 +23,7 @@ from isotherm.models import FAMILIES
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.quantization.packed_file import PackedMemory
-from isotherm.types import ModelConfig, QuantType, Rope
+from isotherm.types import Activation, Experts, ModelConfig, QuantType, Rope
 
 SCRIPT = Path(__file__).parents[1] / "oracle" / "make_answers.py"
 
@@ -98,7 +98,13 @@ MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
     "local rope of the global layers": ("gemma3", {"local_rope": Rope(1_000_000.0, 32, position_scale=1 / 8)}),
     "scale of the head": ("gemma3", {"attention_scale": None}),
     "other layers global": ("gemma3", {"global_every": 4}),
+    "experts used": ("mixtral", {"experts": Experts(5, 3)}),
+    "no norms of q and k": ("qwen3", {"family": "llama"}),
+    "one expert less": ("qwen3moe", {"experts": Experts(12, 3)}),
     "eps": ("llama", {"norm_eps": 1e-2}),
+    "norm of attention for the FFN too": ("falcon", {"shared_norm": True}),
+    "SiLU for GELU": ("falcon", {"activation": Activation.SILU}),
+    "GELU for ReLU": ("relu-falcon", {"activation": Activation.GELU_TANH}),
 }
 
 

@@ -255,6 +255,7 @@ void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
                        planes.data(),
                        planes.data() + 4096,
                        2048,
+                       0,
                        {sum(), sum()},
                        random.number(),
                        128,
@@ -262,6 +263,34 @@ void run_neurons(const KernelTable& table, Random& random, Outputs& out) {
                        y.data()});
     out.add(text("add_neurons", form.is_nibble, form.is_half, form.has_minimum, form.is_halved), y);
   }
+}
+
+// --- experts ---
+
+void run_experts(const KernelTable& table, Random& random, Outputs& out) {
+  for (const int num_experts : {2, 7, 16, 40, 300})
+    for (const int num_used : {1, 2, 16, 17, 64}) {
+      if (num_used > num_experts) continue;
+      for (const int kind : {0, 1, 2, 3}) {
+        auto logits = random.numbers(static_cast<size_t>(num_experts), kind == 1 ? 200.0f : 4.0f);
+        if (kind == 2)
+          for (float& x : logits) x = std::nearbyint(x);  // many are equal
+        constexpr float kOdd[] = {kInfinity, -kInfinity, kNotANumber};
+        if (kind == 3) logits[static_cast<size_t>(random.below(num_experts))] = kOdd[random.below(3)];
+        std::vector<float> routes(2 * static_cast<size_t>(num_used));
+        table.route(logits.data(), num_experts, num_used, routes.data());
+        out.add(text("route", num_experts, num_used, "kind", kind), routes);
+      }
+      const auto totals = random.numbers(50 * kPanelRows, 3.0f), residual = random.numbers(kPanelRows),
+                 weights = random.numbers(static_cast<size_t>(num_used));
+      std::vector<int32_t> places;
+      for (int i = 0; i < num_used; i++) places.push_back(random.below(50));
+      for (const float* r : {residual.data(), static_cast<const float*>(nullptr)}) {
+        std::vector<float> y(kPanelRows);
+        table.mix({totals.data(), places.data(), weights.data(), num_used, r, y.data()});
+        out.add(text("mix", num_used, r != nullptr), y);
+      }
+    }
 }
 
 void run_embed(const KernelTable& table, Random& random, Outputs& out) {
@@ -372,6 +401,7 @@ Outputs run(const KernelTable& table) {
   run_neurons(table, random, out);
   run_embed(table, random, out);
   run_elementwise(table, random, out);
+  run_experts(table, random, out);
   for (const KvType type : {KvType::F16, KvType::Q8_0}) {
     run_attention(table, random, out, type, 64, 3, 1, 0, 0);
     run_attention(table, random, out, type, 64, 1, 1, 1100, 0);

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.types import Activation, ModelConfig, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 F32 = NDArray[np.float32]
 
@@ -61,6 +61,7 @@ _GEMMA = replace(
     local_rope=Rope(10000.0, 32),
     global_every=2,
 )
+_FALCON = replace(_LLAMA, family="falcon", activation=Activation.GELU_TANH)
 
 
 def llama3_factors(dims: int, base: float, factor: float, original_tokens: int) -> tuple[float, ...]:
@@ -126,6 +127,36 @@ CASES = (
         adds_one=True,
     ),
     OracleCase(
+        "mixtral",
+        replace(_LLAMA, experts=Experts(5, 2)),
+        "MixtralForCausalLM",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+    ),
+    OracleCase(
+        "qwen3",
+        replace(_LLAMA, family="qwen3", rope=Rope(1_000_000.0, 32), head_dim=32, tied_head=True),
+        "Qwen3ForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "use_sliding_window": False},
+    ),
+    OracleCase(
+        "qwen3moe",
+        replace(_LLAMA, family="qwen3moe", ffn_size=48, rope=Rope(1_000_000.0, 16), experts=Experts(12, 4)),
+        "Qwen3MoeForCausalLM",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "use_sliding_window": False,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    OracleCase(
         "relu-llama",
         replace(_LLAMA, activation=Activation.RELU),
         "LlamaForCausalLM",
@@ -145,6 +176,30 @@ CASES = (
         ),
         "OPTForCausalLM",
         {},
+    ),
+    OracleCase(
+        "falcon",
+        _FALCON,
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "falcon-7b",
+        replace(_FALCON, num_kv_heads=1, shared_norm=True, tied_head=True),
+        "FalconForCausalLM",
+        {"multi_query": True, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "falcon-11b",  # the new architecture with one norm
+        replace(_FALCON, shared_norm=True),
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "activation": "gelu_pytorch_tanh"},
+    ),
+    OracleCase(
+        "relu-falcon",
+        replace(_FALCON, activation=Activation.RELU),
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "activation": "relu"},
     ),
 )
 
@@ -177,8 +232,19 @@ def weights(config: ModelConfig) -> dict[str, F32]:
             "positions": (config.first_position_row + config.context_tokens, hidden),
             "final_norm_bias": (hidden,),
         }
-    if config.family == "gemma3":
+    if config.family == "falcon":
+        del layer["gate"]
+        if config.shared_norm:
+            del layer["ffn_norm"]
+        layer |= {f"{name}_bias": (hidden,) for name in layer if name.endswith("norm")}
+        shapes["final_norm_bias"] = (hidden,)
+    if config.family in ("gemma3", "qwen3", "qwen3moe"):
         layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    if config.experts:
+        num_experts = config.experts.num_experts
+        layer |= {name: (num_experts * layer[name][0], layer[name][1]) for name in ("gate", "up", "down")}
+        layer["router"] = (num_experts, hidden)
+    if config.family == "gemma3":
         layer |= {"post_attn_norm": (hidden,), "post_ffn_norm": (hidden,)}
     for i in range(config.num_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}

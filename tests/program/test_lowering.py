@@ -26,6 +26,9 @@ LOWERED = (
     ops.EmbedPositions,
     ops.QuantLinear,
     ops.QuantGlu,
+    ops.Route,
+    ops.ExpertGlu,
+    ops.ExpertDown,
     ops.RopeAttention,
     ops.AddNorm,
     ops.Add,
@@ -70,6 +73,11 @@ def shapes(program: Program) -> dict[str, tuple[int, int]]:
                     found[op.gate] = found[op.up]
                 if op.up_bias and op.down_bias:
                     found |= {op.up_bias: (1, op.ffn_size), op.down_bias: (1, op.out.width)}
+            case ops.Moe():
+                num_experts = op.experts.num_experts
+                found[op.router] = (num_experts, op.x.width)
+                found[op.gate] = found[op.up] = (num_experts * op.ffn_size, op.x.width)
+                found[op.down] = (num_experts * op.out.width, op.ffn_size)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from isotherm.models import FAMILIES
 from isotherm.program.lowering import lower
-from isotherm.types import Activation, ModelConfig, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -35,6 +35,9 @@ CONFIGS = {
         _LLAMA, num_layers=2, rope=Rope(500000.0, 4, position_scale=0.5, factors=(1.0, 8.0)), tied_head=True
     ),
     "qwen2": replace(_LLAMA, family="qwen2", qkv_bias=True, tied_head=True),
+    "mixtral": replace(_LLAMA, num_layers=2, experts=Experts(8, 2)),
+    "qwen3": replace(_LLAMA, family="qwen3", head_dim=32, tied_head=True),
+    "qwen3moe": replace(_LLAMA, family="qwen3moe", num_layers=2, head_dim=32, ffn_size=64, experts=Experts(16, 4)),
     "gemma3": replace(
         _LLAMA,
         family="gemma3",
@@ -57,6 +60,11 @@ CONFIGS = {
         tied_head=True,
         activation=Activation.RELU,
         first_position_row=2,
+    ),
+    "bamboo": replace(_LLAMA, family="bamboo", activation=Activation.DRELU),
+    "falcon": replace(_LLAMA, family="falcon", num_layers=2, activation=Activation.GELU_TANH),
+    "falcon-7b": replace(
+        _LLAMA, family="falcon", num_kv_heads=1, tied_head=True, activation=Activation.RELU, shared_norm=True
     ),
 }
 

@@ -17,7 +17,7 @@ import isotherm
 from isotherm.backends.reference import contract, float32
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.cli import main
-from isotherm.errors import StatsFileError
+from isotherm.errors import OptionError, StatsFileError
 from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.models import FAMILIES
 from isotherm.program import ops
@@ -35,6 +35,7 @@ CASES = {
     "opt": ("opt", {}),
     "relu": ("llama", {"isotherm.activation": "relu"}),
     "drelu": ("llama", {"isotherm.activation": "drelu"}),
+    "falcon": ("falcon", {"isotherm.activation": "relu"}),
     "silu": ("llama", {}),
     "gemma3": ("gemma3", {}),
 }
@@ -261,3 +262,13 @@ def test_what_a_threshold_costs() -> None:
     for edge, share, cost in zip(bin_edges(), below, lost, strict=True):
         assert share == (np.abs(values) < edge).mean()
         assert cost == pytest.approx(np.square(values[np.abs(values) < edge]).sum() / np.square(values).sum(), abs=0.01)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "moe.gguf", "qwen3moe", QuantType.Q4_0)
+    with (
+        isotherm.load(path, cache_bytes=0) as model,
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(OptionError, match="is a mixture of experts, whose neurons are not counted"),
+    ):
+        Profiler(model, checkpoint.tensors, checkpoint.identity)

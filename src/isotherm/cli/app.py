@@ -27,6 +27,7 @@ from isotherm.cli.show import show
 from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
 from isotherm.cli.train_predictor import train_predictor
+from isotherm.cli.tune import tune
 from isotherm.cli.version import version_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "profile": profile,
     "train-predictor": train_predictor,
+    "tune": tune,
     "doctor": doctor,
     "config": config,
 }

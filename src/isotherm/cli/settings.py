@@ -61,6 +61,12 @@ class Settings:
     sparse: bool = _setting(
         True, Rule(bool, "", "Compute only the neurons that fire, where that is quicker; answers are the same.")
     )
+    quality: str = _setting(
+        "exact",
+        Rule(
+            str, "BUDGET", "exact, or a budget such as kl=0.01 or ppl=+1%: the rule that `isotherm tune` chose for it."
+        ),
+    )
     predictor: str | None = _setting(
         None, Rule(str, "FILE", "Of `isotherm train-predictor`: neurons it takes not to fire are left out; lossy.")
     )
@@ -149,6 +155,7 @@ class Settings:
             offline=self.offline,
             kv=self.kv,
             sparse=self.sparse,
+            quality=self.quality,
             predictor=self.predictor,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
@@ -260,7 +267,10 @@ SERVING = (
     "log_json",
     "log_prompts",
 )
-LOADING = ("ctx", "kv", "threads", "backend", "sparse", "predictor", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
+LOADING = (
+    *("ctx", "kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib"),
+    *("kv_dir", "kv_disk_gib", "offline"),
+)
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

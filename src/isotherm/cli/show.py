@@ -41,12 +41,15 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": config.family,
         "num_parameters": checkpoint.num_parameters,
+        "num_active_parameters": checkpoint.num_active_parameters,
         "quantization": checkpoint.quantization,
         "weights_bytes": checkpoint.num_bytes,
         "context_tokens": config.context_tokens,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_size": config.ffn_size,
+        "num_experts": config.experts and config.experts.num_experts,
+        "num_experts_used": config.experts and config.experts.num_used,
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
         "vocab_size": config.vocab_size,
@@ -66,6 +69,6 @@ def _text(name: str, fact: Any) -> str:
         return "yes" if fact else "no"
     if name.endswith("_bytes"):
         return size_text(fact)
-    if name == "num_parameters":
+    if name in ("num_parameters", "num_active_parameters"):
         return f"{fact / 1e9:.2f} billion" if fact >= 1e9 else f"{fact / 1e6:.1f} million"
     return str(fact)

@@ -21,7 +21,7 @@ from isotherm.program.batch import FREED_PAGE
 from isotherm.program.recorder import PAGE_TOKENS, StateSpec
 
 # Keys of what comes before the first page: a trimmed sequence has other keys and values for the same tokens.
-_ROOT, _TRIMMED_ROOT = b"", b"trimmed"
+_ROOTS = {False: b"", True: b"trimmed"}
 _MAX_TAILS = 1024
 
 
@@ -45,10 +45,6 @@ def oldest_visible(window: int | None, num_tokens: int) -> int:
 def page_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Names one page's tokens after those that `parent` names."""
     return blake2b(np.array(token_ids, np.int32).tobytes(), key=parent, digest_size=16).digest()
-
-
-def root_key(*, is_trimmed: bool) -> bytes:
-    return _TRIMMED_ROOT if is_trimmed else _ROOT
 
 
 class PagePool:
@@ -251,7 +247,7 @@ class KvPages:
         """
         if self._stored is None:
             return True
-        stored, on_disk, root = self._stored, dict[tuple[int, bytes], bool](), root_key(is_trimmed=is_trimmed)
+        stored, on_disk, root = self._stored, dict[tuple[int, bytes], bool](), _ROOTS[is_trimmed]
 
         def has(group: int, key: bytes) -> bool:
             if self.pools[group].has(key):
@@ -300,7 +296,7 @@ class SequencePages:
 
     def __init__(self, kv: KvPages, publishes: bool, is_trimmed: bool) -> None:
         self._kv = kv
-        self._root = root_key(is_trimmed=is_trimmed)
+        self._root = _ROOTS[is_trimmed]
         self.is_trimmed = is_trimmed
         self._publishes = publishes
         self._tables = kv.tables()

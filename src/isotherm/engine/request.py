@@ -30,7 +30,8 @@ class Request:
     """max_tokens None: as many as the context holds. An id of `end_ids` ends the answer and is not part of it.
 
     sequence: which of several answers to one prompt this is; each draws other random numbers from the same seed.
-    priority: higher goes first. constraint: of this answer alone. is_exact: the Trims of the Program do not hold for it.
+    priority: higher goes first. constraint: of this answer alone. is_exact: the
+    Trims of the Program do not hold for it.
     """
 
     prompt_ids: tuple[int, ...]

@@ -1,16 +1,18 @@
 """An open model file as models and packing see it: canonical names, canonical row orders, whatever the format."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
 from isotherm.errors import ModelFileError
-from isotherm.formats.families import read_config, read_tensors
+from isotherm.formats import powerinfer
 from isotherm.formats.gguf import GgufFile, open_gguf
 from isotherm.formats.gguf_tables import FILE_TYPES
+from isotherm.formats.model_config import read_config
+from isotherm.formats.model_tensors import read_tensors
 from isotherm.formats.tensor_source import TensorSource
 from isotherm.formats.tokenizer_spec import read_tokenizer
 from isotherm.types import ModelConfig, TokenizerSpec
@@ -24,8 +26,9 @@ class Checkpoint:
 
     Tensors go by canonical names: `embed`, `final_norm`, `head` (absent where tied to embed) and, per layer i,
     `layers.{i}.` with attn_norm, q, k, v, q_bias, k_bias, v_bias, o, q_norm, k_norm, post_attn_norm, ffn_norm, gate,
-    up, down, post_ffn_norm, as far as the family has them; OPT also has `positions`, and `_bias` behind the name of
-    every other vector and matrix. Rotary pairs of q and k stand in halves.
+    up, down, post_ffn_norm, as far as the family has them; a mixture of experts also `router`, its gate, up and down
+    being those of all experts, one below the other; OPT also has `positions`, and `_bias` behind the name of
+    every other vector and matrix, Falcon behind that of every norm. Rotary pairs of q and k stand in halves.
     """
 
     path: Path
@@ -39,8 +42,21 @@ class Checkpoint:
     _file: GgufFile = field(repr=False)
 
     @property
+    def num_active_parameters(self) -> int:
+        """Those that compute a token: of experts the ones that it uses."""
+        experts = self.config.experts
+        if experts is None:
+            return self.num_parameters
+        in_experts = sum(
+            tensor.shape[0] * tensor.shape[1]
+            for name, tensor in self.tensors.items()
+            if name.endswith((".gate", ".up", ".down"))
+        )
+        return self.num_parameters - in_experts // experts.num_experts * (experts.num_experts - experts.num_used)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, as stored."""
+        """Bytes of all tensors, in the types they are read as."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def close(self) -> None:
@@ -55,14 +71,18 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, notify: Callable[[str], None] = lambda _: None) -> Checkpoint:
     """Open the GGUF model at `path`, any part of it where it is split, and check all but the weights' values.
 
+    notify: hears what of the file is read as something else, and what is not used.
     Raises ModelNotFound, ModelFileError (damaged or contradictory) and UnsupportedModel (sound, but not for us).
     """
     file = open_gguf(path)
     try:
-        return _read_checkpoint(file)
+        checkpoint = _read_checkpoint(file)
+        for text in powerinfer.notices(file):
+            notify(text)
+        return checkpoint
     except BaseException:
         file.close()
         raise
@@ -71,7 +91,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def _read_checkpoint(file: GgufFile) -> Checkpoint:
     config = read_config(file)
     tensors = read_tensors(file, config)
-    tokenizer = read_tokenizer(file.metadata)
+    tokenizer = read_tokenizer(file.metadata, powerinfer.default_pretokenizer(file, config.family))
     if len(tokenizer.tokens) != config.vocab_size:
         raise ModelFileError(
             f"{file.path}: the tokenizer has {len(tokenizer.tokens)} tokens and token_embd.weight {config.vocab_size} "

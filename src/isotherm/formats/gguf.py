@@ -83,6 +83,7 @@ class GgufFile:
 
     path: Path  # the part that was asked for
     version: int
+    is_powerinfer: bool  # in its dialect: see powerinfer.py
     metadata: Metadata
     tensors: Mapping[str, GgufTensor]
     identity: FileIdentity
@@ -112,6 +113,7 @@ def open_gguf(path: Path | str) -> GgufFile:
         model = GgufFile(
             path=asked.part.path,
             version=headers[0].version,
+            is_powerinfer=headers[0].is_powerinfer,
             metadata=Metadata(headers[0].part.path, headers[0].metadata),
             tensors=_gather_tensors(headers),
             identity=_identity(headers),
@@ -151,6 +153,8 @@ def _read_parts(asked: Header, opened: ExitStack) -> list[Header]:
             raise ModelFileError(
                 f"{path.name} is part {number} of {count}; part {sibling} is missing: fetch it into the same folder"
             ) from error
+        if header.is_powerinfer != asked.is_powerinfer:
+            raise ModelFileError(f"{sibling}: of another format than {path.name}; the parts are of different models")
         if _split_keys(header) != (count, index):
             raise ModelFileError(
                 f"{sibling}: says it is part {_split_keys(header)[1]} of {_split_keys(header)[0]}, "

@@ -19,7 +19,9 @@ from isotherm.errors import ModelFileError, UnsupportedModel
 from isotherm.formats.gguf_tables import (
     ARRAY_KIND,
     BOOL_KIND,
+    GPU_INDEX,
     MAGIC,
+    POWERINFER_MAGIC,
     SCALAR_KINDS,
     STRING_KIND,
     TENSOR_TYPES,
@@ -65,6 +67,7 @@ class TensorEntry:
 class Header:
     part: PartFile
     version: int
+    is_powerinfer: bool
     metadata: dict[str, MetadataValue]
     tensors: tuple[TensorEntry, ...]
     sha256: str  # of every byte before the padding that precedes the tensor data
@@ -73,16 +76,21 @@ class Header:
 def read_header(part: PartFile) -> Header:
     """Parse and check the header of `part`. Raises ModelFileError, UnsupportedModel or ModelFileChanged."""
     cursor = _Cursor(part)
-    version = _read_version(cursor)
+    is_powerinfer, version = _read_magic(cursor), _read_version(cursor)
     num_tensors = cursor.count("tensor count", MAX_TENSORS, _MIN_TENSOR_BYTES)
     num_keys = cursor.count("key count", MAX_KEYS, _MIN_KEY_BYTES)
     metadata = _read_metadata(cursor, num_keys)
+    if metadata.get("general.architecture") == GPU_INDEX:  # said before its integer tensors are
+        raise UnsupportedModel(
+            f"{part.path}: names the neurons that PowerInfer keeps on a GPU (gpuidx), and holds no weights; give the "
+            "model it lies beside"
+        )
     alignment = _alignment(cursor, metadata)
     raw = _read_tensor_table(cursor, num_tensors)
     data_start = -(-cursor.position // alignment) * alignment
     tensors = tuple(_check_tensor(cursor, tensor, data_start, alignment) for tensor in raw)
     _check_overlap(cursor, tensors)
-    return Header(part, version, metadata, tensors, cursor.sha256())
+    return Header(part, version, is_powerinfer, metadata, tensors, cursor.sha256())
 
 
 class _Cursor:
@@ -211,12 +219,16 @@ class _Cursor:
         return whole.hexdigest()
 
 
+def _read_magic(cursor: _Cursor) -> bool:
+    """Whether the file is in PowerInfer's dialect."""
+    start = cursor.part.read(0, min(cursor.part.num_bytes, 64)).tobytes()
+    if start[:4] not in (MAGIC, POWERINFER_MAGIC):
+        raise ModelFileError(f"{cursor.part.path}: not a GGUF file; it begins like {describe_beginning(start)}")
+    return cursor.take(4, "magic") == POWERINFER_MAGIC
+
+
 def _read_version(cursor: _Cursor) -> int:
     path = cursor.part.path
-    start = cursor.part.read(0, min(cursor.part.num_bytes, 64)).tobytes()
-    if start[:4] != MAGIC:
-        raise ModelFileError(f"{path}: not a GGUF file; it begins like {describe_beginning(start)}")
-    cursor.take(4, "magic")
     version = cursor.integer(4, "version")
     if version in VERSIONS:
         return version

@@ -5,6 +5,8 @@ import numpy as np
 from isotherm.types import QuantType
 
 MAGIC = b"GGUF"
+POWERINFER_MAGIC = b"PWRI"  # of PowerInfer's dialect, which is GGUF in all else of the layout
+GPU_INDEX = "generic.gpu_index"  # architecture of a file that PowerInfer makes beside a model
 VERSIONS = (2, 3)
 
 STRING_KIND = 8

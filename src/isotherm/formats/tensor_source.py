@@ -1,11 +1,11 @@
 """A weight under its canonical name, read in canonical row order whatever the order in the file."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.formats.gguf import GgufTensor
 from isotherm.types import QuantType
 
 
@@ -30,6 +30,13 @@ class InterleavedHeads:
         return rows - row + np.where(row < self.rope_dims, turned, row)
 
 
+class StoredRows(Protocol):
+    """What a file has of a matrix: a `GgufTensor`, or one that is turned while it is read."""
+
+    def read(self, row_start: int = 0, row_end: int | None = None) -> NDArray[np.uint8]:
+        """Rows [row_start, row_end) as uint8 [rows, row_bytes]."""
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """A weight [rows, columns] of the model; a vector of n elements is one row, [1, n]."""
@@ -37,8 +44,9 @@ class TensorSource:
     name: str  # canonical
     quant_type: QuantType
     shape: tuple[int, int]  # rows, columns
-    _stored: GgufTensor = field(repr=False)
+    _stored: StoredRows = field(repr=False)
     _order: InterleavedHeads | None = None
+    _first_row: int = 0  # of a stored matrix that holds more than this one; in its order, where `_order` is None
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +65,7 @@ class TensorSource:
         row_end = num_rows if row_end is None else row_end
         assert 0 <= row_start <= row_end <= num_rows
         if self._order is None or row_start == row_end:
-            return self._stored.read(row_start, row_end)
+            return self._stored.read(self._first_row + row_start, self._first_row + row_end)
         if num_rows == 1:  # a bias: its elements go as the rows of its matrix go
             elements = self._stored.read().reshape(columns, -1)
             return elements[self._order.stored_rows(np.arange(columns))].reshape(1, -1)

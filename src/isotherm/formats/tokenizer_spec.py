@@ -40,8 +40,11 @@ _END_OF_TURN_TEXTS = (
 )
 
 
-def read_tokenizer(metadata: Metadata) -> TokenizerSpec:
-    """Raises ModelFileError (missing or contradictory keys), UnsupportedModel (another kind of tokenizer)."""
+def read_tokenizer(metadata: Metadata, default_pre: str = "default") -> TokenizerSpec:
+    """default_pre: the pre-tokenizer of a file that names none.
+
+    Raises ModelFileError (missing or contradictory keys), UnsupportedModel (another kind of tokenizer).
+    """
     model = metadata.string("tokenizer.ggml.model")
     if model not in (_BPE, _SENTENCEPIECE):
         raise UnsupportedModel(
@@ -49,7 +52,7 @@ def read_tokenizer(metadata: Metadata) -> TokenizerSpec:
             f"supported are {_BPE} (byte-level BPE) and {_SENTENCEPIECE} (SentencePiece by score)"
         )
     is_bpe = model == _BPE
-    pre = metadata.string("tokenizer.ggml.pre", default="default")
+    pre = metadata.string("tokenizer.ggml.pre", default=default_pre)
     tokens = _read_tokens(metadata)
     num_tokens = len(tokens)
     texts = frozenset(tokens)

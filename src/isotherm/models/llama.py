@@ -1,4 +1,7 @@
-"""Llama and what is built like it (Touvron et al. 2023; Qwen2 adds biases to QKV, ReluLLaMA changes the activation)."""
+"""Llama and what is built like it (Touvron et al. 2023).
+
+Qwen2 adds biases to QKV; ReluLLaMA and Bamboo (Song et al. 2024) have other activations; Mixtral has experts.
+"""
 
 from isotherm.program.ops import AttentionShape
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec
@@ -28,6 +31,10 @@ def record(config: ModelConfig) -> Program:
 
         h = r.norm(x, f"{name}.ffn_norm", config.norm_eps)
         names = (f"{name}.gate", f"{name}.up", f"{name}.down")
-        x = r.add(x, r.ffn(h, names, config.ffn_size, config.activation))
+        if config.experts:
+            y = r.moe(h, name, config.ffn_size, config.experts, config.activation)
+        else:
+            y = r.ffn(h, names, config.ffn_size, config.activation)
+        x = r.add(x, y)
     x = r.norm(r.select_rows(x), "final_norm", config.norm_eps)
     return r.finish(r.linear(x, "embed" if config.tied_head else "head", config.vocab_size))

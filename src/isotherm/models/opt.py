@@ -28,6 +28,6 @@ def record(config: ModelConfig) -> Program:
         x = r.add(x, r.linear(attended, f"{name}.o", config.hidden_size, f"{name}.o_bias"))
 
         h = norm(x, f"{name}.ffn_norm")
-        x = r.add(x, r.ffn_without_gate(h, name, config.ffn_size, Activation.RELU))
+        x = r.add(x, r.ffn_without_gate(h, name, config.ffn_size, Activation.RELU, has_bias=True))
     x = norm(r.select_rows(x), "final_norm")
     return r.finish(r.linear(x, "embed" if config.tied_head else "head", config.vocab_size))

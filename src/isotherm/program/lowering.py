@@ -2,7 +2,7 @@
 
 Five patterns, each tried on the op at hand with the ops that use its result:
 
-    Norm -> Linear.. | Ffn            the norm moves into the op that quantises
+    Norm -> Linear.. | Ffn | Moe      the norm moves into the op that quantises
     Linear, Linear.. of one input     one QuantLinear: the input is quantised once (Q, K and V)
     Linear -> Add                     QuantLinear with a residual
     Norm -> Add                       AddNorm
@@ -74,6 +74,8 @@ class _Lowering:
                     self._linear(op)
                 case ops.Ffn():
                     self._ffn(op)
+                case ops.Moe():
+                    self._moe(op)
                 case ops.Attention():
                     self._attention(op)
                 case ops.Norm():
@@ -94,7 +96,7 @@ class _Lowering:
     def _norm(self, op: ops.Norm) -> None:
         add = self._only_reader(op.out, ops.Add)
         if add is None:
-            return self._absorbed(op.out, (ops.Linear, ops.Ffn, ops.RopeOp))
+            return self._absorbed(op.out, (ops.Linear, ops.Ffn, ops.Moe, ops.RopeOp))
         assert op.group == op.x.width
         assert op.norm.bias is None
         self._out.append(ops.AddNorm(add.out, add.a if add.b == op.out else add.b, op.x, op.norm))
@@ -131,11 +133,7 @@ class _Lowering:
         hidden = self._hidden(op, x, norm, is_sparse=is_sparse)
         if op.trim_hidden is not None:
             hidden = self._trimmed(hidden, None, op.trim_hidden)
-        add = self._only_reader(op.out, ops.Add)
-        out, residual = op.out, None
-        if add is not None:
-            out, residual = add.out, add.a if add.b == op.out else add.b
-            self._done.add(add.out)
+        out, residual = self._with_residual(op.out)
         if is_sparse:
             self._out.append(ops.SparseDown(out, hidden, op.down, op.down_bias, residual))
         else:
@@ -186,6 +184,27 @@ class _Lowering:
         out = self._new_value(x.width)
         self._out.append(ops.TrimOp(out, x, activation, trim))
         return out
+
+    def _moe(self, op: ops.Moe) -> None:
+        x, norm = self._input_of(op.x)
+        logits = self._new_value(op.experts.num_experts)
+        routes = self._new_value(2 * op.experts.num_used)
+        hidden = self._new_value(op.experts.num_used * op.ffn_size)
+        out, residual = self._with_residual(op.out)
+        self._out += [
+            ops.QuantLinear(x, norm, (Projection(logits, op.router, None),), None),
+            ops.Route(routes, logits, op.experts),
+            ops.ExpertGlu(hidden, x, norm, routes, op.gate, op.up, op.experts, op.activation),
+            ops.ExpertDown(out, hidden, routes, op.down, op.experts, residual),
+        ]
+
+    def _with_residual(self, value: Value) -> tuple[Value, Value | None]:
+        """What a block writes in place of `value`, and what it adds: those of the Add that alone reads it."""
+        add = self._only_reader(value, ops.Add)
+        if add is None:
+            return value, None
+        self._done.add(add.out)
+        return add.out, add.a if add.b == value else add.b
 
     def _new_value(self, width: int) -> Value:
         self._num_values += 1

@@ -11,7 +11,7 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any
 
-from isotherm.types import Activation, Rope
+from isotherm.types import Activation, Experts, Rope
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class NormWeights:
 class Trim:
     """A lossy rule: what is below a threshold counts as 0, in the sequences of a batch that are trimmed.
 
-    thresholds: of magnitudes, float32 bytes by column (Lee et al. 2024; Liu et al. 2024). None: that of a token is mean +
-    `deviations` * standard deviation of its magnitudes (You et al. 2025). What is not a number stays.
+    thresholds: of magnitudes, float32 bytes by column (Lee et al. 2024; Liu et al. 2024). None: that of a token is the
+    mean of its magnitudes + `deviations` * their standard deviation (You et al. 2025). What is not a number stays.
     """
 
     thresholds: bytes | None
@@ -62,18 +62,14 @@ class Trim:
 class Predictor:
     """A lossy rule: neurons whose score is below the threshold count as 0, in the sequences that are trimmed.
 
-    scores = relu(x @ first.T) @ second.T, x being the FFN's input (Liu et al. 2023, "Deja Vu"; Song et al. 2024,
-    "PowerInfer"). first [rank, hidden_size] and second [ffn_size, rank] are weights by name, which also names their
-    content. A score that is not a number is not below.
+    scores = relu(x @ first.T) @ second.T, x being the FFN's input (Liu et al. 2023; Song et al. 2024). The names of
+    the weights, first [rank, width] and second [ffn_size, rank], tell their content. What is no number is not below.
     """
 
     first: str
     second: str
     rank: int
     threshold: float  # a float32
-
-    def __str__(self) -> str:
-        return f"predictor({self.first}, {self.second}, rank={self.rank}, threshold={self.threshold:.9g})"
 
 
 # --- recorded -------------------------------------------------------------------------------------------------------
@@ -171,6 +167,27 @@ class Ffn:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """A mixture of experts (Jiang et al. 2024): of the logits x @ router.T the largest `experts.num_used` choose the
+    experts of a token, of equal ones the first; out is the sum of what these say, weighted by the softmax of their
+    logits alone. Expert e says (activation(x @ gate_e.T) * (x @ up_e.T)) @ down_e.T.
+
+    Weights: router [num_experts, width]; gate and up [num_experts * ffn_size, width] and down [num_experts * width,
+    ffn_size], expert after expert.
+    """
+
+    out: Value
+    x: Value
+    router: str
+    gate: str
+    up: str
+    down: str
+    ffn_size: int  # of one expert
+    experts: Experts
+    activation: Activation
+
+
+@dataclass(frozen=True)
 class Add:
     out: Value
     a: Value
@@ -241,11 +258,8 @@ class SparseUp:
 
 @dataclass(frozen=True)
 class PredictedLinear:
-    """out = activation(q(norm(x)) @ weight.T + bias), but 0 of neurons whose score is below the threshold.
-
-    In sequences that are not trimmed no neuron is left out. by_rows: whether the rows of weight that are needed may be
-    computed alone; else all are.
-    """
+    """out = activation(q(norm(x)) @ weight.T + bias), but 0 where it is trimmed and the score is below the threshold.
+    by_rows: as of SparseUp."""
 
     out: Value
     scores: Value
@@ -280,6 +294,41 @@ class SparseDown:
 
 
 @dataclass(frozen=True)
+class Route:
+    """out = the experts of each row of `logits` in rising rank, as numbers, then their weights: see Moe."""
+
+    out: Value  # [tokens, 2 * num_used]
+    logits: Value  # [tokens, num_experts]
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class ExpertGlu:
+    """As QuantGlu, of each row's experts side by side in the order of their rank."""
+
+    out: Value  # [tokens, num_used * ffn_size]
+    x: Value
+    norm: NormWeights | None
+    routes: Value
+    gate: str
+    up: str
+    experts: Experts
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class ExpertDown:
+    """out = sum over ranks of weight * (q(x of the rank) @ weight_e.T) + residual."""
+
+    out: Value
+    x: Value  # [tokens, num_used * ffn_size]
+    routes: Value
+    weight: str
+    experts: Experts
+    residual: Value | None
+
+
+@dataclass(frozen=True)
 class RopeAttention:
     """Norms and rotates q and k, where the family does so, appends k and v, attends: everything between QKV and O."""
 
@@ -305,10 +354,12 @@ class AddNorm:
     norm: NormWeights
 
 
-RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Add | SelectRows
+RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Moe | Add | SelectRows
 SparseOp = SparseUp | SparseDown | TrimOp | PredictedLinear
-LoweredOp = Embed | EmbedPositions | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm | SelectRows | Add
-Op = RecordedOp | QuantLinear | QuantGlu | SparseOp | RopeAttention | AddNorm
+ExpertOp = Route | ExpertGlu | ExpertDown
+FusedOp = QuantLinear | QuantGlu | SparseOp | ExpertOp | RopeAttention | AddNorm
+LoweredOp = FusedOp | Embed | EmbedPositions | SelectRows | Add
+Op = RecordedOp | FusedOp
 
 
 def outputs(op: Op) -> tuple[Value, ...]:
@@ -339,7 +390,7 @@ def show(item: Any) -> str:
         return str(item.value)
     if isinstance(item, float):
         return f"{item:.6g}"
-    if isinstance(item, Value | NormWeights | Trim | Predictor | str | int) or item is None:
+    if isinstance(item, Value | NormWeights | Trim | str | int) or item is None:
         return str(item)
     if isinstance(item, Projection):
         bias = f" + {item.bias}" if item.bias else ""

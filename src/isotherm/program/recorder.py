@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from isotherm.program import ops
-from isotherm.program.ops import AttentionShape, NormWeights, Op, Value
-from isotherm.types import Activation, KvType, Rope
+from isotherm.program.ops import AttentionShape, Ffn, NormWeights, Op, Value
+from isotherm.types import Activation, Experts, KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
 
@@ -41,6 +41,11 @@ class Program:
     ops: tuple[Op, ...]
     states: tuple[StateSpec, ...]
     logits: Value
+
+    @property
+    def ffns(self) -> tuple[Ffn, ...]:
+        """Of a recorded Program, layer by layer."""
+        return tuple(op for op in self.ops if isinstance(op, Ffn))
 
     @property
     def is_trimmed(self) -> bool:
@@ -119,11 +124,19 @@ class Recorder:
         self._ops.append(ops.Ffn(out, x, *names, ffn_size, activation))
         return out
 
-    def ffn_without_gate(self, x: Value, name: str, ffn_size: int, activation: Activation) -> Value:
-        """`name` is the layer's, whose up and down have biases."""
+    def ffn_without_gate(self, x: Value, name: str, ffn_size: int, activation: Activation, *, has_bias: bool) -> Value:
+        """`name` is the layer's; has_bias: whether its up and down have one each."""
         out = self._value(x.width)
         up, down = f"{name}.up", f"{name}.down"
-        self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, f"{up}_bias", f"{down}_bias"))
+        biases = (f"{up}_bias", f"{down}_bias") if has_bias else (None, None)
+        self._ops.append(ops.Ffn(out, x, None, up, down, ffn_size, activation, *biases))
+        return out
+
+    def moe(self, x: Value, name: str, ffn_size: int, experts: Experts, activation: Activation) -> Value:
+        """`name` is the layer's, whose experts have each an FFN of `ffn_size`."""
+        out = self._value(x.width)
+        router, gate, up, down = (f"{name}.{part}" for part in ("router", "gate", "up", "down"))
+        self._ops.append(ops.Moe(out, x, router, gate, up, down, ffn_size, experts, activation))
         return out
 
     def add(self, a: Value, b: Value) -> Value:

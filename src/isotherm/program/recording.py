@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.program.ops import AttentionShape
+from isotherm.types import Experts
 
 MARK = np.dtype([("ns", np.int64), ("step", np.int32), ("phase", np.int32)])
 
@@ -33,7 +34,8 @@ class StepFacts:
     """One step of a compiled program, and what it costs.
 
     weight_bytes are read once by a walk, row_bytes by each row, position_bytes (keys and values) for each position that
-    attention sees; a multiply-add is two operations.
+    attention sees; a multiply-add is two operations. Where there are experts, weight_bytes are those of all of them,
+    and a walk reads as many as its rows may choose.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class StepFacts:
     is_int8: bool = False  # whether its operations are on 8-bit integers
     attention: AttentionShape | None = None
     position_bytes: int = 0
+    experts: Experts | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +61,11 @@ class StepFacts:
             num_seen = sum(
                 new + (cached if window is None else min(cached, window - 1)) for new, cached in walk.sequences
             )
-        return self.weight_bytes + self.row_bytes * walk.num_rows + self.position_bytes * num_seen
+        weight_bytes = self.weight_bytes
+        if self.experts is not None:
+            num_read = min(self.experts.num_experts, self.experts.num_used * walk.num_rows)
+            weight_bytes = weight_bytes // self.experts.num_experts * num_read
+        return weight_bytes + self.row_bytes * walk.num_rows + self.position_bytes * num_seen
 
     def num_ops(self, walk: Walk) -> int:
         """Matrix products; of attention the scores and their sums, over what each token sees."""

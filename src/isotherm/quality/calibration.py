@@ -1,8 +1,9 @@
-"""What a text's hidden values are, layer by layer, and how much of each layer's neurons a rule leaves out for what error.
+"""What a text's hidden values are, layer by layer, and what error leaving out more and more of a layer's neurons makes.
 
-For every rule and layer the error of leaving out a growing share of neurons is measured: of the FFN's output, relative to
-what the op writes. A ladder then raises the share of that layer whose error grows least, again and again: each rung is
-one split of a total over the layers (the greedy of TEAL, Liu et al. 2024, over layers instead of matrices).
+The error is that of the FFN's output, relative to what its op writes, for every rule, layer and share. A ladder then
+raises the share of that layer which saves most time for its error, again and again: each rung is a split over the
+layers (the greedy of TEAL, Liu et al. 2024, over layers instead of matrices, by time instead of share: leaving out a
+few neurons of a layer saves nothing).
 """
 
 import heapq
@@ -50,24 +51,41 @@ def neutral_trims(program: Program) -> tuple[LayerTrims, ...]:
         trim = ops.Trim(np.zeros(op.ffn_size, np.float32).tobytes())
         return LayerTrims(hidden=trim) if op.gate is None else LayerTrims(gate=trim)
 
-    return tuple(neutral(op) for op in program.ops if isinstance(op, ops.Ffn))
+    return tuple(neutral(op) for op in program.ffns)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One rule: by layer, for each of SHARES, the trims that leave as many neurons out, and the error of that."""
+
+    rule: Rule
+    trims: tuple[tuple[LayerTrims, ...], ...]
+    errors: tuple[tuple[float, ...], ...]
+
+    def uniform(self, step: int) -> tuple[LayerTrims, ...]:
+        """The same share of every layer."""
+        return tuple(layer[step] for layer in self.trims)
 
 
 @dataclass(frozen=True)
 class Ladder:
     """Splits of one rule over the layers, rung by rung: rung 0 leaves nothing out."""
 
-    rule: Rule
-    trims: tuple[tuple[LayerTrims, ...], ...]  # by layer, by index into SHARES
+    calibrated: Calibrated
     rungs: tuple[tuple[int, ...], ...]  # of each rung the index into SHARES by layer
 
     def at(self, rung: int) -> tuple[LayerTrims, ...]:
-        chosen = self.rungs[rung]
-        return tuple(LayerTrims() if i == 0 else trims[i] for trims, i in zip(self.trims, chosen, strict=True))
+        """Layers that leave nothing out have no trims."""
+        chosen = zip(self.calibrated.trims, self.rungs[rung], strict=True)
+        return tuple(LayerTrims() if i == 0 else trims[i] for trims, i in chosen)
 
-    def share(self, rung: int) -> float:
-        """Mean share of neurons left out over the samples."""
-        return float(np.mean([SHARES[i] for i in self.rungs[rung]]))
+    def with_neutral(self, rung: int) -> tuple[LayerTrims, ...]:
+        """The same answers from packed weights that all rungs share: trims that leave nothing out are there too."""
+        return tuple(trims[i] for trims, i in zip(self.calibrated.trims, self.rungs[rung], strict=True))
+
+    def shares(self, rung: int) -> tuple[float, ...]:
+        """Of neurons left out over the samples, by layer."""
+        return tuple(float(SHARES[i]) for i in self.rungs[rung])
 
 
 def collect(model: TextGenerator, windows: Sequence[Sequence[int]]) -> list[LayerSamples]:
@@ -120,17 +138,17 @@ def _layers(program: Program) -> list[_Layer]:
     return found
 
 
-def build_ladders(
+def calibrate(
     model: TextGenerator,
     tensors: Mapping[str, WeightTensor],
     samples: Sequence[LayerSamples],
     rules: Sequence[Rule],
     on_layer: Callable[[int], None],
-) -> list[Ladder]:
+) -> list[Calibrated]:
     """One for each of the rules that the model's FFNs can have. on_layer hears the index of each layer that is done."""
     wanted = [rule for rule in rules if rule in rules_for(samples[0])]
     trims: dict[Rule, list[tuple[LayerTrims, ...]]] = {rule: [] for rule in wanted}
-    errors: dict[Rule, list[list[float]]] = {rule: [] for rule in wanted}
+    errors: dict[Rule, list[tuple[float, ...]]] = {rule: [] for rule in wanted}
     for index, (layer, kept) in enumerate(zip(_layers(model.program), samples, strict=True)):
         sample = kept.widened()
         down = _floats(tensors[layer.down])
@@ -138,27 +156,60 @@ def build_ladders(
         few = sample.chosen(_ERROR_STRIDE)
         for rule in wanted:
             one = LayerRule(rule, sample, down_norm)
-            choices = one.trims(SHARES)
-            trims[rule].append(tuple(choices))
-            errors[rule].append([_error(few, one.left_out(few, choice), down) for choice in choices[1:]])
+            choices = (one.neutral(), *one.trims(SHARES[1:]))
+            trims[rule].append(choices)
+            steps = (_error(few, one.left_out(few, choice), down) for choice in choices[1:])
+            errors[rule].append((0.0, *steps))
         on_layer(index)
-    return [Ladder(rule, tuple(trims[rule]), climb([[0.0, *row] for row in errors[rule]])) for rule in wanted]
+    return [Calibrated(rule, tuple(trims[rule]), tuple(errors[rule])) for rule in wanted]
 
 
-def climb(errors: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], ...]:
-    """Rungs, from all layers at 0: each raises the layer by one whose error [layers][steps] grows least by it."""
-    at = [0] * len(errors)
-    heap = [(row[1] - row[0], layer) for layer, row in enumerate(errors)]
-    heapq.heapify(heap)
-    rungs = [tuple(at)]
+def build_ladder(calibrated: Calibrated, gains: Sequence[float]) -> Ladder:
+    """gains: time that one layer saves at each of SHARES, in any unit."""
+    return Ladder(calibrated, climb(calibrated.errors, gains))
+
+
+def climb(errors: Sequence[Sequence[float]], gains: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Rungs, from all layers at share 0, each of which raises the layer that gains most for its error [layers][shares].
+
+    A layer goes along the upper hull of its gains over its errors: shares that gain less than a mixture of a lower and
+    a higher one are skipped, and those that gain nothing are never taken.
+    """
+    hulls = [_hull(row, gains) for row in errors]
+    at = [0] * len(errors)  # on the hull
+    heap: list[tuple[float, int]] = []
+
+    def push(layer: int) -> None:
+        hull = hulls[layer][at[layer] :]
+        if len(hull) > 1:
+            error = errors[layer][hull[1]] - errors[layer][hull[0]]
+            heapq.heappush(heap, (-(gains[hull[1]] - gains[hull[0]]) / max(error, 1e-30), layer))
+
+    for layer in range(len(errors)):
+        push(layer)
+    rungs = [(0,) * len(errors)]
     while heap:
         _, layer = heapq.heappop(heap)
         at[layer] += 1
-        rungs.append(tuple(at))
-        row, i = errors[layer], at[layer]
-        if i + 1 < len(row):
-            heapq.heappush(heap, (row[i + 1] - row[i], layer))
+        rungs.append(tuple(hull[i] for hull, i in zip(hulls, at, strict=True)))
+        push(layer)
     return tuple(rungs)
+
+
+def _hull(errors: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """Indices from 0 on, errors and gains rising, gain by error falling."""
+    hull = [0]
+    for i in range(1, len(errors)):
+        if gains[i] <= gains[hull[-1]]:
+            continue
+        while len(hull) > 1 and _slope(errors, gains, hull[-2], hull[-1]) <= _slope(errors, gains, hull[-1], i):
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _slope(errors: Sequence[float], gains: Sequence[float], low: int, high: int) -> float:
+    return (gains[high] - gains[low]) / max(errors[high] - errors[low], 1e-30)
 
 
 def _error(samples: LayerSamples, left_out: NDArray[np.bool_], down: F32) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.errors import OptionError
-from isotherm.load_options import parse_budget
+from isotherm.load_options import EXACT, parse_budget
 from isotherm.program import ops
 from isotherm.program.ops import Ffn, Trim
 from isotherm.program.recorder import Program
@@ -88,7 +88,7 @@ def load_choice(path: Path) -> Choice:
 def _layer(archive: Any, index: int, deviations: dict[str, float]) -> LayerTrims:
     trims = {}
     for place, value in deviations.items():
-        thresholds = archive[f"{index}.{place}"] if f"{index}.{place}" in archive else None
+        thresholds = archive.get(f"{index}.{place}")
         if thresholds is not None and (thresholds.dtype != np.float32 or thresholds.ndim != 1):
             raise ValueError(f"thresholds of {thresholds.dtype} in {thresholds.ndim} dimensions")
         trims[place] = Trim(None if thresholds is None else thresholds.tobytes(), float(value))
@@ -97,7 +97,7 @@ def _layer(archive: Any, index: int, deviations: dict[str, float]) -> LayerTrims
 
 def trimmed_program(program: Program, layers: Sequence[LayerTrims]) -> Program:
     """A recorded Program whose FFNs are trimmed, in their order. Raises OptionError where they are others."""
-    ffns = [op for op in program.ops if isinstance(op, Ffn)]
+    ffns = program.ffns
     if len(ffns) != len(layers) or not all(_fits(op, layer) for op, layer in zip(ffns, layers, strict=True)):
         raise OptionError("the choice of quality is of another model; run `isotherm tune` again")
     trims = iter(layers)
@@ -114,16 +114,26 @@ def _trimmed(op: ops.Ffn, layer: LayerTrims) -> ops.Ffn:
     return replace(op, trim_gate=layer.gate, trim_hidden=layer.hidden)
 
 
-def chosen_program(program: Program, quality: str, cache: Path, identity: str) -> Program:
-    """`program` with the rule that was chosen for this model file and `quality`.
+def check_tunable(program: Program, quality: str) -> None:
+    """Raises OptionError for a recorded Program with experts, which no rule trims."""
+    if any(isinstance(op, ops.Moe) for op in program.ops):
+        raise OptionError(
+            f"quality {quality}: experts are not tuned: lossy rules take models with one FFN a layer; a mixture of "
+            f"experts runs with quality {EXACT}"
+        )
 
-    Raises OptionError where none was, StatsFileError where the file of it is damaged.
+
+def chosen_program(program: Program, quality: str, cache: Path, identity: str) -> Program:
+    """`program` with the rule that was chosen for this model file and `quality`, or that of the file it names.
+
+    Raises OptionError where none was and for experts, StatsFileError where the file of it is damaged.
     """
-    budget = parse_budget(quality)
-    if budget is None:
+    if quality == EXACT:
         return program
-    path = choice_path(cache, identity, str(budget))
-    if not path.exists():
+    check_tunable(program, quality)
+    budget = parse_budget(quality)
+    path = Path(quality) if budget is None else choice_path(cache, identity, str(budget))
+    if budget is not None and not path.exists():
         raise OptionError(
             f"quality {budget}: no rule was chosen for this model yet; `isotherm tune MODEL --quality {budget} --text "
             "FILE` finds the fastest one"

@@ -8,8 +8,8 @@
     teal    |hidden value|                                             Liu et al. 2024, "TEAL"
     wina    |hidden value| * norm of the down column                   Chen et al. 2025, "WINA"
 
-The first four leave out rows of up and columns of down, the last two columns of down. An FFN without a gate has the last
-two alone. Inputs of the other matmuls are left as they are: their columns would have to be kept a second time, and read
+The first four leave out rows of up and columns of down, the last two columns of down. An FFN without a gate has these
+alone. Inputs of the other matmuls are left as they are: their columns would have to be kept a second time, and read
 at half the bandwidth, for shares that are far above a half (ARCHITECTURE.md, "Quality").
 """
 
@@ -79,6 +79,11 @@ class LayerRule:
         levels = np.quantile(self._scores, list(shares)).astype(np.float32)
         return [self._trim(level) for level in levels]
 
+    def neutral(self) -> LayerTrims:
+        """Leaves nothing out."""
+        trim = Trim(np.zeros(len(self._weight), np.float32).tobytes())
+        return LayerTrims(gate=trim) if self._rule.is_of_gate else LayerTrims(hidden=trim)
+
     def left_out(self, samples: LayerSamples, trims: LayerTrims) -> NDArray[np.bool_]:
         """[tokens, ffn_size]"""
         trim = trims.gate or trims.hidden
@@ -87,8 +92,9 @@ class LayerRule:
         assert values is not None
         if trim.thresholds is None:
             below: NDArray[np.bool_] = _standardised(values) < trim.deviations
-            return below
-        return np.abs(values) < np.frombuffer(trim.thresholds, np.float32)
+        else:
+            below = np.abs(values) < np.frombuffer(trim.thresholds, np.float32)
+        return below
 
     def _importance(self, samples: LayerSamples, down_norm: F32) -> F32:
         ones = np.ones_like(down_norm)
@@ -96,11 +102,15 @@ class LayerRule:
             assert samples.gate is not None
             # of the tokens that count: |up| weighted by |gate|
             up = np.abs(samples.hidden).sum(axis=0) / np.maximum(np.abs(samples.gate).sum(axis=0), np.float32(1e-20))
-            return (up * (down_norm if self._rule is Rule.IMPACT else ones)).astype(np.float32)
+            weight: F32 = (up * (down_norm if self._rule is Rule.IMPACT else ones)).astype(np.float32)
+            return weight
         return down_norm if self._rule is Rule.WINA else ones
 
     def _score(self, values: F32) -> F32:
-        return _standardised(values) if self._rule is Rule.TOPK else np.abs(values) * self._weight
+        if self._rule is Rule.TOPK:
+            return _standardised(values)
+        scores: F32 = np.abs(values) * self._weight
+        return scores
 
     def _trim(self, level: np.float32) -> LayerTrims:
         if self._rule is Rule.TOPK:

@@ -5,14 +5,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.evaluation.windows import Window, log_softmax, scored_rows
 from isotherm.load_options import Budget
-from isotherm.quality.calibration import Ladder
+from isotherm.quality.calibration import SHARES, Calibrated, Ladder
 from isotherm.quality.choice import LayerTrims, Measured
 from isotherm.quality.rules import Rule
 from isotherm.text import TextGenerator
@@ -22,6 +22,7 @@ Load = Callable[[Layers | None], AbstractContextManager[TextGenerator]]  # None:
 
 _NUM_ROUNDS = 5
 _PROMPT_TOKENS = 64  # of the text that is timed: read at once before the others
+_TIMED_STEPS = (0, 6, 10, 14, 18)  # of SHARES
 
 
 class HeldOut:
@@ -29,9 +30,9 @@ class HeldOut:
 
     def __init__(self, model: TextGenerator, windows: Sequence[Window]) -> None:
         """Keeps float32 log-probabilities of every scored token in a temporary file."""
-        self._windows = windows
+        self.windows = tuple(windows)
         num_rows, vocab_size = sum(len(window.rows) for window in windows), model.facts.config.vocab_size
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `close`
         self._log_p = np.memmap(self._file, np.float32, "w+", shape=(num_rows, vocab_size))
         losses = []
         for index, (log_p, target) in enumerate(self._predictions(model)):
@@ -60,7 +61,7 @@ class HeldOut:
 
     def _predictions(self, model: TextGenerator) -> Iterator[tuple[NDArray[np.float64], int]]:
         """Log-probabilities [vocab_size] and the token that came, for each scored token."""
-        for index, window in enumerate(self._windows):
+        for index, window in enumerate(self.windows):
             for logits, target in zip(scored_rows(model, window, index), window.targets, strict=True):
                 yield log_softmax(logits), target
 
@@ -77,9 +78,28 @@ class Candidate:
 
     rule: Rule
     rung: int
-    share: float  # of neurons left out, over the samples
+    shares: tuple[float, ...]  # of neurons left out, over the samples, by layer
     layers: tuple[LayerTrims, ...]
     measured: Measured
+
+    @property
+    def share(self) -> float:
+        return fmean(self.shares)
+
+
+def gains(calibrated: Calibrated, load: Load, token_ids: Sequence[int]) -> tuple[float, ...]:
+    """Share of a token's time that leaving out each of SHARES in every layer saves here, never below 0.
+
+    Some shares are timed; between them it is interpolated.
+    """
+    with load(None) as model:
+        exact_s = median(decode_times_s(model, token_ids))
+    saved = [0.0]
+    for step in _TIMED_STEPS[1:]:
+        with load(calibrated.uniform(step)) as model:
+            saved.append(1 - median(decode_times_s(model, token_ids)) / exact_s)
+    shares = [SHARES[step] for step in _TIMED_STEPS]
+    return tuple(max(0.0, float(np.interp(share, shares, saved))) for share in SHARES)
 
 
 def best_rung(
@@ -87,25 +107,24 @@ def best_rung(
 ) -> Candidate:
     """The highest rung within the budget, found by halves: errors rise with rungs, but for noise."""
     low, high = 0, len(ladder.rungs) - 1
-    found = Candidate(ladder.rule, 0, 0.0, ladder.at(0), Measured(0, 0, held_out.perplexity, held_out.perplexity, 0))
+    nothing = Measured(0, 0, held_out.perplexity, held_out.perplexity, 0)
+    rule = ladder.calibrated.rule
+    found = Candidate(rule, 0, ladder.shares(0), ladder.at(0), nothing)
     while low < high:
         rung = (low + high + 1) // 2
-        layers = ladder.at(rung)
-        with load(layers) as model:
-            measured = held_out.measure(model)
-        on_try(ladder.rule, ladder.share(rung), measured)
-        if within(budget, measured):
-            low, found = rung, Candidate(ladder.rule, rung, ladder.share(rung), layers, measured)
+        with load(ladder.with_neutral(rung)) as model:
+            candidate = Candidate(rule, rung, ladder.shares(rung), ladder.at(rung), held_out.measure(model))
+        on_try(candidate.rule, candidate.share, candidate.measured)
+        if within(budget, candidate.measured):
+            low, found = rung, candidate
         else:
             high = rung - 1
     return found
 
 
-def decode_rates(model: TextGenerator, token_ids: Sequence[int], num_rounds: int = _NUM_ROUNDS) -> list[float]:
-    """Tokens a second of reading a text one by one, in each of some rounds after one that is not counted."""
-    num_timed = len(token_ids) - _PROMPT_TOKENS
-    times_s = [model.read_s(token_ids, first=_PROMPT_TOKENS) for _ in range(num_rounds + 1)]
-    return [num_timed / time_s for time_s in times_s[1:]]
+def decode_times_s(model: TextGenerator, token_ids: Sequence[int]) -> list[float]:
+    """Seconds that the end of a text takes token by token, in each of some rounds after one that is not counted."""
+    return [model.read_s(token_ids, first=_PROMPT_TOKENS) for _ in range(_NUM_ROUNDS + 1)][1:]
 
 
 def timed(
@@ -113,17 +132,17 @@ def timed(
 ) -> list[Candidate]:
     """The candidates with their speed over the exact model's, which is measured before and after them."""
 
-    def rates(rule: Rule | None, layers: Layers | None) -> list[float]:
+    def times_s(rule: Rule | None, layers: Layers | None) -> list[float]:
         with load(layers) as model:
-            found = decode_rates(model, token_ids)
-        on_rate(rule, median(found))
+            found = decode_times_s(model, token_ids)
+        on_rate(rule, (len(token_ids) - _PROMPT_TOKENS) / median(found))
         return found
 
-    exact = rates(None, None)
-    ours = {candidate.rule: rates(candidate.rule, candidate.layers) for candidate in candidates if candidate.rung}
-    exact += rates(None, None)
+    exact = times_s(None, None)
+    ours = {candidate.rule: times_s(candidate.rule, candidate.layers) for candidate in candidates if candidate.rung}
+    exact += times_s(None, None)
     return [
-        replace(candidate, measured=replace(candidate.measured, speed=median(ours[candidate.rule]) / median(exact)))
+        replace(candidate, measured=replace(candidate.measured, speed=median(exact) / median(ours[candidate.rule])))
         if candidate.rung
         else candidate
         for candidate in candidates

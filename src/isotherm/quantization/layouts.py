@@ -156,6 +156,24 @@ def dequantise(raw: U8, quant_type: QuantType, num_columns: int) -> F32:
     return values.reshape(len(raw), num_columns)
 
 
+def quantise_q8_0(values: F32) -> U8:
+    """Rows of float32, a multiple of 32 columns, as rows of Q8_0: to nearest, halves away from zero.
+
+    Source: quantize_row_q8_0_ref in ggml-quants.c. Packed files keep what it gives: another rounding is another
+    FORMAT_VERSION of them.
+    """
+    x = values.reshape(len(values), values.shape[1] // 32, 32)
+    scale = np.abs(x).max(axis=2, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # what is no number stays none in its scale
+        scaled = x * np.where(scale == 0, np.float32(0), 1 / scale)
+        whole = np.floor(np.abs(scaled))
+        codes = np.copysign(whole + (np.abs(scaled) - whole >= 0.5), scaled)
+        blocks = np.empty(x.shape[:2], BLOCKS[QuantType.Q8_0])
+        blocks["d"] = scale[..., 0].astype("<f2").view("<u2")
+        blocks["low"] = codes.astype(np.int8).view(np.uint8)
+    return blocks.view(np.uint8)
+
+
 def view_blocks(raw: U8, quant_type: QuantType, num_columns: int) -> Blocks:
     """`raw` [rows, row_bytes] as records [rows, blocks], without a copy where rows are contiguous."""
     assert raw.dtype == np.uint8

@@ -26,7 +26,9 @@ _DAMAGES = (
 )
 
 
-def write_arrays(path: Path, kind: tuple[str, int], meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_arrays(
+    path: Path, kind: tuple[str, int], meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+) -> None:
     """kind: format and version. Raises OSError."""
     text = json.dumps({"format": kind[0], "version": kind[1], **meta})
     members = {"meta": np.frombuffer(text.encode(), np.uint8), **arrays}

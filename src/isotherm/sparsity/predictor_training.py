@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.backends.cpu.backend import MOST_ACTIVE
 from isotherm.errors import OptionError, UnsupportedModel
 from isotherm.program.backend import WeightTensor
 from isotherm.quantization.layouts import BLOCKS, dequantise
@@ -47,6 +46,7 @@ _MOMENTS = (0.9, 0.99)
 _MEASURED_TOKENS = 512  # at once
 _HELD_OUT = 5  # every so manieth window
 _SAMPLE_BYTES = 1 << 30  # of the layers whose samples are in memory at once
+_MOST_ALONE = 0.5  # share of a token's neurons up to which rows are taken to be read alone: machines differ a little
 _MOST_RANK = 1 << 14
 
 
@@ -68,7 +68,7 @@ def measure(weights: Weights, samples: LayerSamples) -> Measured:
         num_found += int(np.count_nonzero(fires & predicted))
         by_token = np.count_nonzero(predicted, axis=1)
         num_predicted += int(by_token.sum())
-        num_read += int(np.where(by_token <= MOST_ACTIVE * samples.ffn_size, by_token, samples.ffn_size).sum())
+        num_read += int(np.where(by_token <= _MOST_ALONE * samples.ffn_size, by_token, samples.ffn_size).sum())
     size = len(samples) * samples.ffn_size
     return Measured(num_fired / size, num_found / max(1, num_fired), num_predicted / size, num_read / size)
 

@@ -64,9 +64,14 @@ class Profiler:
     """Counts the windows of one model."""
 
     def __init__(self, model: TextGenerator, tensors: Mapping[str, WeightTensor], identity: str) -> None:
-        """tensors and identity: of the model's file. Raises OptionError for the reference backend."""
+        """tensors and identity: of the model's file. Raises OptionError for the reference backend, and for experts."""
         if model.facts.backend != "cpu":
             raise OptionError(f"the {model.facts.backend} backend does not profile; leave --backend out")
+        if model.facts.config.experts:
+            raise OptionError(
+                f"{model.facts.name} is a mixture of experts, whose neurons are not counted; profile takes models with "
+                "one FFN a layer"
+            )
         self._model = model
         self._tensors = tensors
         self._identity = identity

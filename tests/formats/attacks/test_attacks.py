@@ -30,6 +30,7 @@ from formats.attacks.raw_gguf import (
     u32,
     u64,
 )
+from formats.powerinfer_files import write_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import write_tiny
@@ -269,17 +270,23 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 
 # random damage
 
-WHOLE_MODELS = {"llama": QuantType.Q8_0, "qwen2": QuantType.Q4_0, "gemma3": QuantType.F32}
+WHOLE_MODELS = {
+    "llama": QuantType.Q8_0,
+    "qwen2": QuantType.Q4_0,
+    "qwen3moe": QuantType.Q4_1,
+    "gemma3": QuantType.F32,
+}
 
 
 @pytest.fixture(scope="module")
 def whole_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     sizes: dict[str, Any] = {"hidden_size": 32, "head_dim": 8, "ffn_size": 32, "num_layers": 1}
-    return {
+    models = {
         family: write_tiny(folder / family, family, quant_type, **sizes).read_bytes()
         for family, quant_type in WHOLE_MODELS.items()
     }
+    return models | {"powerinfer": write_pair(folder, "llama", QuantType.Q4_0, **sizes)[0].read_bytes()}
 
 
 @given(seed=st.integers(0, 2**32))
@@ -293,7 +300,7 @@ def test_mutated_small_file_opens_or_is_refused(seed: int, tmp_path_factory: pyt
             assert stored.read().nbytes == stored.entry.num_bytes
 
 
-@given(seed=st.integers(0, 2**32), family=st.sampled_from(sorted(WHOLE_MODELS)))
+@given(seed=st.integers(0, 2**32), family=st.sampled_from(["powerinfer", *sorted(WHOLE_MODELS)]))
 @settings(max_examples=200, deadline=2000)
 def test_mutated_model_opens_or_is_refused(
     seed: int, family: str, whole_models: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm import _native
+from isotherm.backends.cpu.break_even import set_break_even
 from isotherm.backends.cpu.buffers import plan_buffers
 from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import neurons_name, pair_name, rows_name
@@ -20,6 +21,7 @@ from isotherm.program.recorder import Program
 from isotherm.program.recording import MARK, Recording, Walk
 from isotherm.program.rope import rope_table
 from isotherm.quantization.neurons import neuron_form
+from isotherm.quantization.p32 import PANEL_ROWS, TILE_ROWS
 from isotherm.quantization.packed_file import PackedWeights
 from isotherm.types import KvType, Rope
 
@@ -28,18 +30,20 @@ T = TypeVar("T")
 
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
-MOST_ACTIVE = 0.5  # share of neurons up to which those that fire are computed alone
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
 class CpuBackend:
     """Packed weights and a way to run them."""
 
-    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int) -> None:
-        """isa: as `choose_isa` gives it."""
+    def __init__(self, weights: PackedWeights, *, isa: str, num_threads: int, most_active: float | None = None) -> None:
+        """isa: as `choose_isa` gives it. most_active: share of neurons up to which those that fire are computed alone;
+        None: as measured here.
+        """
         self._weights = weights
         self._isa = isa
         self._num_threads = num_threads
+        self._most_active = most_active
 
     def compile(self, program: Program, limits: CpuLimits) -> "CompiledCpu":
         """`program` is lowered. Raises UnsupportedModel for a head size that the kernels cannot hold."""
@@ -47,6 +51,7 @@ class CpuBackend:
         compiler = _Compiler(builder, program, self._weights, limits)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)
+        set_break_even(executor, program, self._weights.entry, self._most_active)
         return CompiledCpu(executor, program, self._weights, compiler)
 
 
@@ -193,6 +198,14 @@ class _Compiler:
                 b.trim(at[op.x], activation, self._thresholds(op.trim), op.trim.deviations, at[op.out])
             case ops.SparseDown():
                 self._sparse_down(op)
+            case ops.Route():
+                b.route(at[op.logits], op.experts.num_experts, op.experts.num_used, at[op.out])
+            case ops.ExpertGlu():
+                x, norm, routes = at[op.x], self._norm(op.norm), at[op.routes]
+                b.expert_glu(x, norm, routes, self._expert_pair(op), op.activation.value, at[op.out])
+            case ops.ExpertDown():
+                residual = at[op.residual] if op.residual else -1
+                b.expert_down(at[op.x], at[op.routes], self._expert_down(op), residual, at[op.out])
             case ops.RopeAttention():
                 b.attention(self._attention(op))
             case ops.AddNorm():
@@ -207,22 +220,18 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        rows, most = self._rows(op)
-        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out], most)
+        self._builder.up(x, norm, gate, matrix, self._rows(op), op.activation.value, at[op.out])
 
     def _predicted(self, op: ops.PredictedLinear) -> None:
         at = self.buffers.at
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         activation = op.activation.value if op.activation else ""
-        rows, most = self._rows(op)
         scores, x, norm = at[op.scores], at[op.x], self._norm(op.norm)
-        self._builder.predicted(x, norm, projection, rows, activation, scores, op.threshold, most)
+        self._builder.predicted(x, norm, projection, self._rows(op), activation, scores, op.threshold)
 
-    def _rows(self, op: ops.SparseUp | ops.PredictedLinear) -> tuple[NDArray[np.uint8], int]:
-        """Rows of its weight by neuron, and how many of them are computed alone; -1: never."""
-        if not op.by_rows:
-            return np.empty(0, np.uint8), -1
-        return self._weights.array(rows_name(op.weight)).view(np.uint8), int(MOST_ACTIVE * op.out.width)
+    def _rows(self, op: ops.SparseUp | ops.PredictedLinear) -> NDArray[np.uint8]:
+        """Rows of its weight, each in one piece, where they may be computed alone."""
+        return self._weights.array(rows_name(op.weight)).view(np.uint8) if op.by_rows else np.empty(0, np.uint8)
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))
@@ -233,8 +242,25 @@ class _Compiler:
         assert form is not None
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         residual = at[op.residual] if op.residual else -1
-        neurons, most = self._weights.array(name).view(np.uint8), int(MOST_ACTIVE * op.x.width)
-        self._builder.down(at[op.x], projection, residual, neurons, astuple(form), most)
+        neurons = self._weights.array(name).view(np.uint8)
+        self._builder.down(at[op.x], projection, residual, neurons, astuple(form))
+
+    def _expert_pair(self, op: ops.ExpertGlu) -> int:
+        ffn_size = op.out.width // op.experts.num_used
+        if ffn_size % TILE_ROWS:
+            raise UnsupportedModel(
+                f"experts of {ffn_size} neurons; the native backend needs a multiple of {TILE_ROWS}; take --backend "
+                "reference"
+            )
+        return self._matrix(pair_name(op.gate, op.up))
+
+    def _expert_down(self, op: ops.ExpertDown) -> int:
+        if op.out.width % PANEL_ROWS:
+            raise UnsupportedModel(
+                f"experts with {op.out.width} outputs; the native backend needs a multiple of {PANEL_ROWS}; take "
+                "--backend reference"
+            )
+        return self._matrix(op.weight)
 
     def _matrix(self, name: str) -> int:
         if name not in self._matrices:

@@ -8,6 +8,8 @@ from isotherm.facts import MemoryForecast
 from isotherm.program import ops
 from isotherm.program.recorder import Program
 
+_MOST_BUNDLE_ROWS = 6  # of any instruction set: an expert's last bundle of rows may be short
+
 
 @dataclass(frozen=True)
 class CpuLimits:
@@ -29,11 +31,17 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     rows = max(limits.max_tokens, limits.max_head_rows)
     *widths, vocab_size = plan_buffers(program).widths
     reading = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
-    inputs = [op.x.width for op in program.ops if isinstance(op, reading)]
+    inputs = [rows * op.x.width for op in program.ops if isinstance(op, reading)]
+    gathered = [0]  # inputs of experts that a batch has
+    for op in program.ops:
+        if isinstance(op, ops.ExpertGlu | ops.ExpertDown):
+            gathered.append(rows * op.experts.num_used + _MOST_BUNDLE_ROWS * op.experts.num_experts)
+            width = op.x.width if isinstance(op, ops.ExpertGlu) else op.x.width // op.experts.num_used
+            inputs.append(gathered[-1] * width)
     ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention) and op.rope}
     floats = rows * sum(widths) + limits.max_head_rows * vocab_size + limits.context_tokens * sum(r.dims for r in ropes)
-    quantised = rows * max(inputs) * 3  # a byte per code, and less than two for scales, sums and starts
-    totals = num_threads * rows * 32 * 4
+    quantised = max(inputs) * 3  # a byte per code, and less than two for scales, sums and starts
+    totals = num_threads * max(rows, *gathered) * 32 * 4
     return 4 * floats + quantised + totals
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
 from isotherm.quantization.neurons import neuron_form, pack_neurons, pack_rows
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
-from isotherm.quantization.packed_cache import open_or_build
+from isotherm.quantization.packed_cache import enforce_cap, open_or_build
 from isotherm.quantization.packed_file import (
+    SUFFIX,
     CacheUnavailable,
     EntryKind,
     EntrySpec,
@@ -23,7 +25,7 @@ from isotherm.quantization.packed_file import (
     PackedSink,
     PackedWeights,
 )
-from isotherm.types import QuantType
+from isotherm.types import Experts, QuantType
 
 BY_NEURON = (EntryKind.ROWS, EntryKind.NEURONS)  # beside a dense form of the same weights
 
@@ -52,17 +54,35 @@ def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Pr
     return lower(program, is_sparse)
 
 
-def token_bytes(entries: Sequence[EntrySpec], *, is_head_tied: bool) -> int:
-    """Bytes of weights that a token reads where every neuron fires."""
+def token_bytes(program: Program, entries: Sequence[EntrySpec], *, is_head_tied: bool) -> int:
+    """Bytes of weights that a token reads where every neuron fires: of experts those that it uses."""
     gathered = {"positions"} if is_head_tied else {"positions", "embed"}  # one row of each is nothing beside the rest
-    return sum(spec.num_bytes for spec in entries if spec.name not in gathered and spec.kind not in BY_NEURON)
+    read = (spec for spec in entries if spec.name not in gathered and spec.kind not in BY_NEURON)
+    experts = expert_weights(program)
+    return sum(_used(spec.num_bytes, experts.get(spec.name)) for spec in read)
 
 
-def token_ops(entries: Sequence[EntrySpec]) -> int:
+def token_ops(program: Program, entries: Sequence[EntrySpec]) -> int:
     """Operations of a token in the layers' matrices, where every neuron fires; a multiply-add is two."""
     unread = {EntryKind.VECTOR, *BY_NEURON}
     in_layers = [spec for spec in entries if spec.kind not in unread and "." in spec.name]
-    return sum(2 * spec.shape[0] * spec.shape[1] * len(spec.types) for spec in in_layers)
+    experts = expert_weights(program)
+    return sum(_used(2 * spec.shape[0] * spec.shape[1] * len(spec.types), experts.get(spec.name)) for spec in in_layers)
+
+
+def expert_weights(program: Program) -> dict[str, Experts]:
+    """The entries of a lowered Program that hold the matrices of all experts of a layer."""
+    found = {}
+    for op in program.ops:
+        if isinstance(op, ops.ExpertGlu):
+            found[pair_name(op.gate, op.up)] = op.experts
+        elif isinstance(op, ops.ExpertDown):
+            found[op.weight] = op.experts
+    return found
+
+
+def _used(amount: int, experts: Experts | None) -> int:
+    return amount if experts is None else amount // experts.num_experts * experts.num_used
 
 
 def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> list[tuple[EntrySpec, list[WeightTensor]]]:
@@ -100,21 +120,37 @@ def pack_in_memory(program: Program, tensors: Mapping[str, WeightTensor]) -> Pac
     return memory
 
 
-def open_packed(
-    program: Program, tensors: Mapping[str, WeightTensor], path: Path, identity: str, notify: Callable[[str], None]
-) -> PackedWeights:
-    """The packed weights of a lowered Program from the file `path`, which is made where it is missing or stale.
+@dataclass(frozen=True)
+class PackedCache:
+    """Where packed weights of a model file are kept, and how much of the disk all of them may take."""
 
-    identity: of the source file. Where the file cannot be written, `notify` hears why, and memory is used.
+    folder: Path
+    cap_bytes: int
+    model: str  # a name for the file
+    identity: str  # of the model file
+
+
+def open_packed(
+    program: Program, tensors: Mapping[str, WeightTensor], cache: PackedCache, notify: Callable[[str], None]
+) -> PackedWeights:
+    """The packed weights of a lowered Program from their file, which is made where it is missing or stale.
+
+    Programs that need other forms of the weights have files of their own. Where the file cannot be written, `notify`
+    hears why, and memory is used.
     """
+    entries = packed_entries(program, tensors)
+    forms = hashlib.sha256(repr([spec for spec, _ in entries]).encode()).hexdigest()
+    path = cache.folder / f"{cache.model}-{cache.identity[:16]}-{forms[:8]}{SUFFIX}"
 
     def build(sink: PackedSink) -> None:
         notify("packing the weights for this engine, once")
         pack_program(program, tensors, sink)
 
-    key = f"{identity} {hashlib.sha256(program.dump().encode()).hexdigest()}"
     try:
-        return open_or_build(path, key, build, notify)
+        weights = open_or_build(path, f"{cache.identity} {forms}", build, notify)
+        for evicted in enforce_cap(cache.folder, cache.cap_bytes, keep=path):
+            notify(f"removed {evicted.path.name} from the cache of packed models: it is full")
+        return weights
     except CacheUnavailable as error:
         notify(f"running without the cache of packed models: {error.strerror} ({error.filename})")
         return pack_in_memory(program, tensors)
@@ -129,7 +165,7 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
             case ops.QuantLinear():
                 for projection in op.projections:
                     yield from _matrix(projection.weight, projection.bias)
-            case ops.QuantGlu():
+            case ops.QuantGlu() | ops.ExpertGlu():
                 yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
             case ops.PredictedLinear():
                 yield from _matrix(op.weight, op.bias)
@@ -139,6 +175,8 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
                 yield op.weight, (op.weight,), EntryKind.MATRIX
                 if op.by_rows:
                     yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+            case ops.ExpertDown():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
             case ops.SparseDown():
                 yield from _matrix(op.weight, op.bias)
                 yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS

@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.program import ops
 from isotherm.program.recorder import PAGE_TOKENS, Program
 from isotherm.program.recording import StepFacts
 from isotherm.quantization.packed_file import EntrySpec
+from isotherm.types import Experts
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _NORM_AND_QUANTISE = "norm, quantise"
+_GATHER = "norm, quantise, gather"
 _ROPE_AND_APPEND = "rope, append"
-_QUANTISING = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
+_SPARSE = (ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
+_QUANTISING = (ops.QuantLinear, ops.QuantGlu, *_SPARSE, ops.ExpertGlu, ops.ExpertDown)
 _MAX_MARKS = {ops.RopeAttention: 6, **dict.fromkeys(_QUANTISING, 4)}  # two for each part; split attention has three
 
 
@@ -60,6 +64,12 @@ class _Description:
                 return self._matmul("down, those that fire", [op.weight])
             case ops.TrimOp():
                 return StepFacts("trim", self._layer)
+            case ops.Route():
+                return StepFacts("route", self._layer)
+            case ops.ExpertGlu():
+                return self._experts("glu of experts", pair_name(op.gate, op.up), op.experts)
+            case ops.ExpertDown():
+                return self._experts("down of experts", op.weight, op.experts)
             case ops.RopeAttention():
                 state = self._program.states[op.state]
                 return StepFacts(
@@ -89,14 +99,19 @@ class _Description:
             is_int8=not any(quant_type.is_float for entry in entries for quant_type in entry.types),
         )
 
+    def _experts(self, kind: str, name: str, experts: Experts) -> StepFacts:
+        facts = self._matmul(kind, [name])
+        row_ops = facts.row_ops // experts.num_experts * experts.num_used
+        return replace(facts, prepares=_GATHER, row_ops=row_ops, experts=experts)
+
 
 def _weight_names(op: ops.Op) -> tuple[str, ...]:
     match op:
         case ops.QuantLinear():
             return tuple(projection.weight for projection in op.projections)
-        case ops.QuantGlu():
+        case ops.QuantGlu() | ops.ExpertGlu():
             return op.gate, op.up
-        case ops.SparseUp() | ops.SparseDown() | ops.PredictedLinear():
+        case ops.SparseUp() | ops.SparseDown() | ops.PredictedLinear() | ops.ExpertDown():
             return (op.weight,)
         case ops.AddNorm():
             return (op.norm.weight,)

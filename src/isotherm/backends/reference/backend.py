@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from isotherm.backends.reference import contract, float32
+from isotherm.backends.reference import contract, experts, float32
 from isotherm.errors import OptionError
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
@@ -145,19 +145,18 @@ class CompiledReference:
                 values[op.out] = self._attention(op, values, batch, exact=False)
             case ops.Ffn():
                 values[op.out] = self._ffn(values[op.x], op, batch)
+            case ops.Moe():
+                weights = (w.floats(name) for name in (op.router, op.gate, op.up, op.down))
+                values[op.out] = experts.moe_float32(values[op.x], op, *weights)
             case ops.Add():
                 values[op.out] = values[op.a] + values[op.b]
             case ops.SelectRows():
                 values[op.out] = values[op.x][batch.logit_rows]
             case ops.QuantLinear():
                 x, quantised = self._quantise(values[op.x], op.norm)
-                for projection in op.projections:
-                    y = self._project(x, quantised, projection.weight)
-                    if projection.bias:
-                        y = y + w.vector(projection.bias)
-                    if op.activation:
-                        y = contract.activate(y, op.activation)
-                    values[projection.out] = y if op.residual is None else values[op.residual] + y
+                for p in op.projections:
+                    y = self._finished(self._project(x, quantised, p.weight), p.bias, op.activation)
+                    values[p.out] = y if op.residual is None else values[op.residual] + y
             case ops.QuantGlu():
                 x, quantised = self._quantise(values[op.x], op.norm)
                 gate, up = (self._project(x, quantised, name) for name in (op.gate, op.up))
@@ -166,21 +165,21 @@ class CompiledReference:
                 up = self._project(*self._quantise(values[op.x], op.norm), op.weight)
                 values[op.out] = contract.glu(values[op.gated], up, op.activation)
             case ops.PredictedLinear():
-                y = self._project(*self._quantise(values[op.x], op.norm), op.weight)
-                if op.bias:
-                    y = y + w.vector(op.bias)
-                if op.activation:
-                    y = contract.activate(y, op.activation)
-                exact = ~self._trimmed_rows(len(y), batch)[:, None]
-                keeps = exact | contract.is_predicted(values[op.scores], op.threshold)
-                values[op.out] = np.where(keeps, y, np.float32(0.0))
+                trimmed = self._trimmed_rows(len(values[op.x]), batch)
+                values[op.out] = self._predicted(values[op.x], values[op.scores], op, trimmed)
             case ops.TrimOp():
                 x = values[op.x]
                 values[op.out] = self._trim(contract, x, op.activation, op.trim, self._trimmed_rows(len(x), batch))
             case ops.SparseDown():
-                y = self._project(*self._quantise(values[op.x], None), op.weight) + (
-                    w.vector(op.bias) if op.bias else 0
-                )
+                bias = w.vector(op.bias) if op.bias else 0
+                y = self._project(*self._quantise(values[op.x], None), op.weight) + bias
+                values[op.out] = y if op.residual is None else values[op.residual] + y
+            case ops.Route():
+                values[op.out] = experts.route(values[op.logits], op.experts.num_used)
+            case ops.ExpertGlu():
+                values[op.out] = self._expert_glu(values[op.x], values[op.routes], op)
+            case ops.ExpertDown():
+                y = self._expert_down(values[op.x], values[op.routes], op)
                 values[op.out] = y if op.residual is None else values[op.residual] + y
             case ops.RopeAttention():
                 values[op.out] = self._attention(op, values, batch, exact=True)
@@ -195,6 +194,16 @@ class CompiledReference:
         else:
             normed = arithmetic.layer_norm(x, weight, self._weights.vector(norm.bias), norm.eps)
         return normed
+
+    def _finished(self, y: F32, bias: str | None, activation: Activation | None) -> F32:
+        if bias:
+            y = y + self._weights.vector(bias)
+        return contract.activate(y, activation) if activation else y
+
+    def _predicted(self, x: F32, scores: F32, op: ops.PredictedLinear, trimmed: NDArray[np.bool_]) -> F32:
+        y = self._finished(self._project(*self._quantise(x, op.norm), op.weight), op.bias, op.activation)
+        keeps = ~trimmed[:, None] | contract.is_predicted(scores, op.threshold)
+        return np.where(keeps, y, np.float32(0.0))
 
     def _trim(
         self, arithmetic: Any, x: F32, activation: Activation | None, trim: ops.Trim | None, trimmed: NDArray[np.bool_]
@@ -227,6 +236,24 @@ class CompiledReference:
         hidden = self._trim(float32, hidden, None, op.trim_hidden, trimmed)
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
         return out
+
+    def _expert_glu(self, x: F32, routes: F32, op: ops.ExpertGlu) -> F32:
+        if op.norm is not None:
+            x = self._norm(contract, x, op.norm)
+        chosen = experts.experts_of(routes, op.experts.num_used)
+        inputs = np.repeat(x[:, None], op.experts.num_used, axis=1)
+        gate, up = (
+            experts.matmul(inputs, chosen, self._matrix(name), op.experts.num_experts) for name in (op.gate, op.up)
+        )
+        return contract.glu(gate, up, op.activation).reshape(len(x), -1)
+
+    def _expert_down(self, hidden: F32, routes: F32, op: ops.ExpertDown) -> F32:
+        chosen = experts.experts_of(routes, op.experts.num_used)
+        inputs = hidden.reshape(*chosen.shape, -1)
+        return experts.mix(experts.matmul(inputs, chosen, self._matrix(op.weight), op.experts.num_experts), routes)
+
+    def _matrix(self, weight: str) -> F32 | Fields:
+        return self._weights.floats(weight) if self._weights.is_float(weight) else self._weights.fields(weight)
 
     def _quantise(self, x: F32, norm: ops.NormWeights | None) -> tuple[F32, tuple[F32, F32]]:
         if norm is not None:

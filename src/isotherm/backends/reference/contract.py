@@ -138,7 +138,7 @@ def glu(gate: F32, up: F32, activation: Activation) -> F32:
 
 
 def trim(x: F32, activation: Activation | None, thresholds: F32 | None, deviations: float) -> F32:
-    """x [tokens, n] with 0 where the magnitude of activation(x) is below the threshold: of its column or of its token."""
+    """x [tokens, n] with 0 where the magnitude of activation(x) is below the threshold of its column or token."""
     magnitude = np.abs(activate(x, activation) if activation else x)
     if thresholds is None:
         n = np.float32(x.shape[1])
