@@ -1,14 +1,18 @@
 """Decoding with the neurons that fire alone, against decoding with all of them: in turn, in one run, medians.
 
     python benchmarks/sparse.py relu-7b.gguf -r 5
+    python benchmarks/sparse.py relu-7b.gguf -r 5 --predictor relu-7b.predictor --text text.txt
 
 The model is one whose neurons fire seldom: synthetic.py plants them. That both give the same answers is checked first.
+With a predictor (`isotherm train-predictor`) decoding that asks it is timed too, and what it predicts of a text that it
+was not trained on is told.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -19,12 +23,16 @@ from peers import RESULTS, commit
 import isotherm
 from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.probe import measure, physical_cores
-from isotherm.sparsity.profile import Profiler, profile
+from isotherm.sparsity.predictor import load_predictors
+from isotherm.sparsity.predictor_samples import collect
+from isotherm.sparsity.predictor_training import measure as measure_predictor
+from isotherm.sparsity.profile import Profiler, ffn_layers, profile
 from isotherm.sparsity.summary import summarise
 from isotherm.text import TextGenerator
 
 _CHECKED_TOKENS = 24
 _PROMPT = list(range(1, 65))
+_MEASURED_TOKENS = 512  # of a text, that tell what a predictor predicts
 
 
 def active_share(model: TextGenerator, path: Path) -> float:
@@ -34,25 +42,48 @@ def active_share(model: TextGenerator, path: Path) -> float:
         return summarise(profile(profiler, profiler.start([_PROMPT]), [_PROMPT], lambda _: None)).active
 
 
+def predicted_shares(model: TextGenerator, options: argparse.Namespace) -> dict[str, Any]:
+    """Recall and share of predicted neurons by layer and in the mean, over the first tokens of a text."""
+    token_ids = _PROMPT if options.text is None else model.tokenize(options.text.read_text())[:_MEASURED_TOKENS]
+    layers = ffn_layers(model.program)
+    with open_checkpoint(options.model) as checkpoint:
+        samples = collect(model, checkpoint.tensors, layers, [token_ids])
+    kept = [layer.weights for layer in load_predictors(options.predictor).layers]
+    found = [
+        measure_predictor(weights, sample) if weights else None for weights, sample in zip(kept, samples, strict=True)
+    ]
+    asked = [measured for measured in found if measured]
+    return {
+        "layers": [None if measured is None else asdict(measured) for measured in found],
+        "ranks": [None if weights is None else weights.rank for weights in kept],
+        **{name: statistics.mean(getattr(one, name) for one in asked) for name in ("active", "recall", "predicted")},
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("-r", "--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("-n", "--num-tokens", type=int, default=32, help="decoded in each turn; default: %(default)s")
     parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="default: %(default)s")
+    parser.add_argument("--predictor", type=Path, help="a file of `isotherm train-predictor`: decoding with it too")
+    parser.add_argument("--text", type=Path, help="what the predictor is measured on; by default some token ids")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     load: dict[str, Any] = {"threads": options.threads, "context_tokens": 512}
-    with (
-        isotherm.load(options.model, sparse=True, **load) as sparse,
-        isotherm.load(options.model, sparse=False, **load) as dense,
-    ):
+    with ExitStack() as stack:
+        sparse = stack.enter_context(isotherm.load(options.model, sparse=True, **load))
+        dense = stack.enter_context(isotherm.load(options.model, sparse=False, **load))
         models = {"sparse": sparse, "dense": dense}
         answers = {
             name: model.generate("a b c d e f", raw=True, max_tokens=_CHECKED_TOKENS) for name, model in models.items()
         }
         assert answers["sparse"].token_ids == answers["dense"].token_ids, "the two do not agree"
-        active = active_share(sparse, options.model)
+        active, predictor = active_share(sparse, options.model), None
+        if options.predictor:
+            predictor = predicted_shares(sparse, options)
+            predicted = isotherm.load(options.model, sparse=True, predictor=options.predictor, **load)
+            models["predicted"] = stack.enter_context(predicted)
         rates: dict[str, list[float]] = {name: [] for name in models}
         probes = []
         for number in range(options.rounds):
@@ -62,6 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = medians["sparse"] / medians["dense"]
     print(f"{options.model.name}: {active:.1%} active, tokens/s {medians}, ratio {ratio:.3f}")
+    if predictor:
+        predictor["ratio"] = medians["predicted"] / medians["dense"]
+        print(
+            f"with a predictor: {predictor['recall']:.1%} of firings among {predictor['predicted']:.1%} of neurons, "
+            f"where {predictor['active']:.1%} fire; ratio {predictor['ratio']:.3f}"
+        )
     record = {
         "date": date.today().isoformat(),
         "what": "sparse",
@@ -73,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens_per_s": rates,
         "medians": medians,
         "ratio": ratio,
+        "predictor": predictor,
         "machine": {key: probes[0][key] for key in ("cpu_name", "num_cores", "memory_bytes", "isa")},
         "read_bytes_per_s": [probe["read_bytes_per_s"] for probe in probes],
         "int8_ops_per_s": [probe["int8_ops_per_s"] for probe in probes],

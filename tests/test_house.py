@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "quality": DATA | {"backends", "evaluation", "load_options", "program", "quantization", "sparsity", "text"},
     "assemble": DATA
     | {"quality", "backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
-    | {"tokenization"},
+    | {"sparsity", "tokenization"},
     "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
@@ -63,6 +63,7 @@ COMMANDS: dict[str, set[str]] = {
     "tokenize": {"tokenization"},
     "profile": {"sparsity"},
     "tune": {"quality", "load_options", "models"},
+    "train_predictor": {"sparsity"},
     "diagnosis": {"_native", "backends", "probe", "quantization"},  # `doctor` looks into every room
 }
 # library: the rooms that may import it

@@ -263,6 +263,7 @@ void bind_executor(nb::module_& m) {
       .def("embed_positions", &ProgramBuilder::embed_positions)
       .def("linear", &ProgramBuilder::linear)
       .def("glu", &ProgramBuilder::glu)
+      .def("predicted", &ProgramBuilder::predicted)
       .def("up", &ProgramBuilder::up)
       .def("trim", &ProgramBuilder::trim)
       .def("down", &ProgramBuilder::down)

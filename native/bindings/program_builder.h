@@ -139,12 +139,21 @@ class ProgramBuilder {
   void up(int x, NormRef norm_ref, int gate, int matrix, Bytes rows, const std::string& activation, int out) {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
-    const size_t row_bytes = rows.size() / static_cast<size_t>(m.rows);
-    require(rows.size() % static_cast<size_t>(m.rows) == 0, "up: rows");
     const Activation named = activation_named(activation);
     const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
     program_.steps.push_back(
-        UpStep{x, norm(norm_ref, width(x)), gate, m, {rows.data(), row_bytes, m.type_a}, named, fires_below_zero, out});
+        UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows), named, fires_below_zero, out});
+    arrays_.push_back(nb::cast(rows));
+  }
+
+  // A projection of the neurons whose score is not below the threshold; rows: as of `up`.
+  void predicted(int x, NormRef norm_ref, const std::tuple<int, int, int>& projection, Bytes rows,
+                 const std::string& activation, int scores, float threshold) {
+    LinearStep linear = linear_step(x, norm_ref, {projection}, -1, activation);
+    const Matrix& m = linear.projections[0].weight;
+    require(width(scores) == m.rows, "predicted: scores");
+    const RowMatrix matrix = row_matrix(m, rows);
+    program_.steps.push_back(PredictedStep{std::move(linear), matrix, scores, threshold});
     arrays_.push_back(nb::cast(rows));
   }
 
@@ -251,6 +260,12 @@ class ProgramBuilder {
     const Matrix& m = matrices_.at(matrix);
     require(m.is_pair && m.columns == width(x) && m.rows == width(out), "glu: shapes");
     return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
+  }
+
+  // Every row of a matrix in one piece, or none.
+  static RowMatrix row_matrix(const Matrix& m, const Bytes& rows) {
+    require(rows.size() % static_cast<size_t>(m.rows) == 0, "rows of a matrix");
+    return {rows.data(), rows.size() / static_cast<size_t>(m.rows), m.type_a};
   }
 
   // Ids are not checked while they run: `routes` must come from a route.

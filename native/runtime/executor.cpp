@@ -88,6 +88,10 @@ void Executor::measure() {
     if (const auto* linear = std::get_if<LinearStep>(&step))
       for (const Projection& p : linear->projections) look(p.weight);
     if (const auto* glu = std::get_if<GluStep>(&step)) look(glu->weight);
+    if (const auto* predicted = std::get_if<PredictedStep>(&step)) {
+      look(predicted->linear.projections[0].weight);
+      neurons = std::max(neurons, predicted->linear.projections[0].weight.rows);
+    }
     if (const auto* up = std::get_if<UpStep>(&step)) {
       look(up->weight);
       neurons = std::max(neurons, up->weight.rows);

@@ -72,11 +72,11 @@ class Executor {
   bool observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
                const std::function<bool()>& poll);
 
-  // How many neurons of an UpStep or DownStep may fire, in any of so many rows, that those are computed alone; at first
-  // 0. Nothing is set where there are no weights by neuron.
+  // How many neurons of an UpStep, PredictedStep or DownStep may fire, in any of so many rows, that those are computed
+  // alone; at first 0. Nothing is set where there are no weights by neuron.
   void set_most_active(size_t step, int num_rows, int most_active);
 
-  // Seconds of an UpStep or DownStep in which `num_active` neurons fire, and are computed alone or with all others.
+  // Seconds of such a step in which `num_active` neurons fire, and are computed alone or with all others.
   double time_neurons(size_t step, int num_rows, int num_active, bool is_alone);
 
   // Reads every weight that a token needs, each thread a contiguous share of each matrix, and computes nothing.
@@ -141,6 +141,7 @@ class Executor {
   bool run_step(const EmbedPositionsStep& step, size_t index, int thread);
   bool run_step(const LinearStep& step, size_t index, int thread);
   bool run_step(const GluStep& step, size_t index, int thread);
+  bool run_step(const PredictedStep& step, size_t index, int thread);
   bool run_step(const UpStep& step, size_t index, int thread);
   bool run_step(const TrimStep& step, size_t index, int thread);
   bool run_step(const DownStep& step, size_t index, int thread);
@@ -156,9 +157,17 @@ class Executor {
   bool is_sparse(int num_rows) const { return num_rows <= kernels_.few_rows; }
   void multiply_linear(const LinearStep& step, const QuantRows& x, size_t index, int thread);
   void store_linear(const LinearStep& step, const Projection& p, int row, int column, const float* totals);
+  // Of a row's neurons; null where none may be left out.
+  const float* scores_of(const PredictedStep& step, size_t index, int row) const {
+    return is_trimmed(index, row) ? buffers_[step.scores].row(row) : nullptr;
+  }
+  int find_predicted(const PredictedStep& step, size_t index, int thread);
+  void multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread);
+  template <class Finish>
+  void rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
+                       int thread, const Finish& finish);
   int most_active(size_t step, int num_rows) const { return most_active_[step][static_cast<size_t>(num_rows - 1)]; }
   int find_firing(const UpStep& step, int num_rows, int thread);
-  void up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread);
   void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
   int expert_of(const ExpertInput& input, int row, int rank) const {
     return static_cast<int>(buffers_[input.routes].row(row)[rank]);

@@ -113,6 +113,15 @@ struct UpStep {
   int out;
 };
 
+// A projection of those neurons whose score is not below the threshold, 0 of the others; all of them, in rows of
+// sequences that are not trimmed.
+struct PredictedStep {
+  LinearStep linear;  // of one projection, without a residual
+  RowMatrix rows;
+  int scores;
+  float threshold;
+};
+
 // What is below a threshold becomes 0, in the rows of sequences that are trimmed.
 struct TrimStep {
   int x, out;
@@ -179,13 +188,15 @@ struct SelectStep {
   int x, out;
 };
 
-using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, UpStep, TrimStep, DownStep, RouteStep,
-                          ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
+using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, PredictedStep, UpStep, TrimStep, DownStep,
+                          RouteStep, ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
 
 // Whether it has weights by neuron.
 inline bool has_neurons(const Step& step) {
   const auto* up = std::get_if<UpStep>(&step);
-  return (up && up->rows.row_bytes) || std::holds_alternative<DownStep>(step);
+  const auto* predicted = std::get_if<PredictedStep>(&step);
+  return (up && up->rows.row_bytes) || (predicted && predicted->rows.row_bytes) ||
+         std::holds_alternative<DownStep>(step);
 }
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.

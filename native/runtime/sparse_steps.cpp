@@ -1,5 +1,6 @@
 // Steps that compute the neurons that fire. Every thread finds out for itself which those are: from the same numbers,
 // so that all agree.
+#include <cmath>
 #include <cstring>
 
 #include "panels.h"
@@ -63,7 +64,99 @@ int count_live(const QuantRows& x, int num_rows) {
   return count;
 }
 
+// Ids of the neurons that fire, rising; how many. There is room for one more than all.
+int list_neurons(const uint8_t* fires, int width, int32_t* ids) {
+  int count = 0;
+  for (int i = 0; i < width; i++) {
+    ids[count] = i;
+    count += fires[i];
+  }
+  return count;
+}
+
 }  // namespace
+
+// A thread's share of the `count` neurons that are needed, 32 at a time: finish(row, ids, how many, totals) writes
+// them. Zeros between them.
+template <class Finish>
+void Executor::rows_of_neurons(const RowMatrix& matrix, const Buffer& out, const QuantRows& x, int count, int num_rows,
+                               int thread, const Finish& finish) {
+  const int32_t* ids = workers_[thread].ids;
+  float* totals = workers_[thread].totals;
+  const Range mine = share(count, thread, pool_.num_threads());
+  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
+  const int begin = thread == 0 ? 0 : place(mine.first);
+  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
+  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
+  for (int first = mine.first; first < mine.last; first += kPanelRows) {
+    const int valid = std::min(kPanelRows, mine.last - first);
+    const int num_next = std::min(kPanelRows, mine.last - first - valid);
+    kernels_.multiply_rows({matrix.rows, matrix.row_bytes, matrix.type, ids + first, valid, ids + first + valid,
+                            num_next, &x, num_rows, totals});
+    for (int r = 0; r < num_rows; r++) finish(r, ids + first, valid, totals + r * kPanelRows);
+  }
+}
+
+bool Executor::run_step(const PredictedStep& step, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  const Projection& p = step.linear.projections[0];
+  const Buffer& out = buffers_[p.out];
+  const int count = is_sparse(num_rows) ? find_predicted(step, index, thread) : 0;
+  InputNeeds needs;
+  needs.add(p.weight);
+  QuantRows x;
+  if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
+  if (!is_sparse(num_rows) || count > most_active(index, num_rows)) {
+    multiply_predicted(step, x, index, thread);
+    return false;
+  }
+  rows_of_neurons(step.rows, out, x, count, num_rows, thread,
+                  [&](int r, const int32_t* some, int valid, float* totals) {
+                    const float* scores = scores_of(step, index, r);
+                    float bias[kPanelRows] = {}, y[kPanelRows];
+                    if (p.bias)
+                      for (int i = 0; i < valid; i++) bias[i] = p.bias[some[i]];
+                    kernels_.finish_linear(totals, p.bias ? bias : nullptr, step.linear.activation, nullptr, y);
+                    for (int i = 0; i < valid; i++)
+                      if (!scores || !(scores[some[i]] < step.threshold)) out.row(r)[some[i]] = y[i];
+                  });
+  return false;
+}
+
+// Neurons that are predicted in any row, into the thread's ids; all, where a row may leave none out.
+int Executor::find_predicted(const PredictedStep& step, size_t index, int thread) {
+  const int width = buffers_[step.scores].width;
+  uint8_t* fires = workers_[thread].fires;
+  std::fill(fires, fires + width, uint8_t{0});
+  for (int r = 0; r < rows_of(index); r++) {
+    const float* scores = scores_of(step, index, r);
+    if (!scores) std::fill(fires, fires + width, uint8_t{1});
+    if (scores)
+      for (int i = 0; i < width; i++) fires[i] |= !(scores[i] < step.threshold);
+  }
+  return list_neurons(fires, width, workers_[thread].ids);
+}
+
+// Of all neurons, those that are not predicted among them, which become 0.
+void Executor::multiply_predicted(const PredictedStep& step, const QuantRows& x, size_t index, int thread) {
+  const int num_rows = rows_of(index);
+  const Projection& p = step.linear.projections[0];
+  const Matrix& w = p.weight;
+  const Buffer& out = buffers_[p.out];
+  float* totals = workers_[thread].totals;
+  each_panel(w.num_panels(), num_rows, index, thread, [&](int i) {
+    kernels_.multiply_panel(
+        {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    const int first = i * kPanelRows, end = std::min(first + kPanelRows, out.width);
+    for (int r = 0; r < num_rows; r++) {
+      store_linear(step.linear, p, r, first, totals + r * kPanelRows);
+      if (const float* scores = scores_of(step, index, r)) {
+        float* y = out.row(r);
+        for (int j = first; j < end; j++) y[j] = scores[j] < step.threshold ? 0.0f : y[j];
+      }
+    }
+  });
+}
 
 bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   const int num_rows = rows_of(index);
@@ -75,7 +168,17 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   QuantRows x;
   if (quantise(step.x, step.norm, w.columns, needs, index, thread, x)) return true;
   if (is_sparse(num_rows) && count <= most_active(index, num_rows)) {
-    up_of(step, x, count, num_rows, thread);
+    rows_of_neurons(step.rows, out, x, count, num_rows, thread,
+                    [&](int r, const int32_t* some, int valid, float* rows) {
+                      for (int tile = 0; tile < valid; tile += kTileRows) {
+                        const int num = std::min(kTileRows, valid - tile);
+                        float pair[kPanelRows] = {}, y[kTileRows];
+                        for (int i = 0; i < num; i++) pair[i] = gate.row(r)[some[tile + i]];
+                        std::memcpy(pair + kTileRows, rows + tile, sizeof(float) * static_cast<size_t>(num));
+                        kernels_.finish_glu(pair, step.activation, y);
+                        for (int i = 0; i < num; i++) out.row(r)[some[tile + i]] = y[i];
+                      }
+                    });
     return false;
   }
   float* totals = workers_[thread].totals;
@@ -99,7 +202,6 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
 int Executor::find_firing(const UpStep& step, int num_rows, int thread) {
   const Buffer& gate = buffers_[step.gate];
   uint8_t* fires = workers_[thread].fires;
-  int32_t* ids = workers_[thread].ids;
   std::fill(fires, fires + gate.width, uint8_t{0});
   for (int r = 0; r < num_rows; r++) {
     const float* row = gate.row(r);
@@ -109,39 +211,7 @@ int Executor::find_firing(const UpStep& step, int num_rows, int thread) {
       for (int i = 0; i < gate.width; i++) fires[i] |= !(row[i] <= 0.0f);
     }
   }
-  int count = 0;
-  for (int i = 0; i < gate.width; i++) {
-    ids[count] = i;
-    count += fires[i];
-  }
-  return count;
-}
-
-// A thread's share of the `count` neurons that fire, and of the zeros between them.
-void Executor::up_of(const UpStep& step, const QuantRows& x, int count, int num_rows, int thread) {
-  const Buffer &gate = buffers_[step.gate], &out = buffers_[step.out];
-  const int32_t* ids = workers_[thread].ids;
-  float* totals = workers_[thread].totals;
-  const Range mine = share(count, thread, pool_.num_threads());
-  const auto place = [&](int i) { return i < count ? ids[i] : out.width; };
-  const int begin = thread == 0 ? 0 : place(mine.first);
-  const int end = thread + 1 == pool_.num_threads() ? out.width : place(mine.last);
-  for (int r = 0; r < num_rows; r++) std::fill(out.row(r) + begin, out.row(r) + end, 0.0f);
-  for (int first = mine.first; first < mine.last; first += kPanelRows) {
-    const int valid = std::min(kPanelRows, mine.last - first);
-    const int num_next = std::min(kPanelRows, mine.last - first - valid);
-    kernels_.multiply_rows({step.rows.rows, step.rows.row_bytes, step.rows.type, ids + first, valid,
-                            ids + first + valid, num_next, &x, num_rows, totals});
-    for (int r = 0; r < num_rows; r++)
-      for (int tile = 0; tile < valid; tile += kTileRows) {
-        const int some = std::min(kTileRows, valid - tile);
-        float pair[kPanelRows] = {}, y[kTileRows];
-        for (int i = 0; i < some; i++) pair[i] = gate.row(r)[ids[first + tile + i]];
-        std::memcpy(pair + kTileRows, totals + r * kPanelRows + tile, sizeof(float) * static_cast<size_t>(some));
-        kernels_.finish_glu(pair, step.activation, y);
-        for (int i = 0; i < some; i++) out.row(r)[ids[first + tile + i]] = y[i];
-      }
-  }
+  return list_neurons(fires, gate.width, workers_[thread].ids);
 }
 
 void Executor::set_most_active(size_t step, int num_rows, int most_active) {
@@ -151,17 +221,26 @@ void Executor::set_most_active(size_t step, int num_rows, int most_active) {
 
 double Executor::time_neurons(size_t step, int num_rows, int num_active, bool is_alone) {
   const auto* up = std::get_if<UpStep>(&program_.steps[step]);
+  const auto* predicted = std::get_if<PredictedStep>(&program_.steps[step]);
   const auto* down = std::get_if<DownStep>(&program_.steps[step]);
-  const Buffer& firing = buffers_[up ? up->gate : down->linear.x];
+  const Buffer& firing = buffers_[up ? up->gate : predicted ? predicted->scores : down->linear.x];
+  const float fired = predicted ? predicted->threshold : 1.0f, silent = predicted ? -INFINITY : 0.0f;
   for (int r = 0; r < num_rows; r++)
     for (int i = 0; i < firing.width; i++) {
       // spread evenly, and without a pattern: the same for all rows
       const bool fires = static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u) * firing.width >> 32 < num_active;
-      firing.row(r)[i] = fires ? 1.0f + static_cast<float>(i % 7) : 0.0f;
+      firing.row(r)[i] = fires ? fired + static_cast<float>(i % 7) : silent;
     }
-  if (up)
-    for (int r = 0; r < num_rows; r++) std::fill_n(buffers_[up->x].row(r), buffers_[up->x].width, 1.0f);
-  batch_.num_tokens = head_count_ = num_rows;
+  if (up || predicted)
+    for (int r = 0; r < num_rows; r++) {
+      const Buffer& x = buffers_[up ? up->x : predicted->linear.x];
+      std::fill_n(x.row(r), x.width, 1.0f);
+    }
+  static constexpr int32_t kRows[kMaxFewRows] = {0, 1, 2, 3, 4, 5, 6, 7};
+  batch_.num_tokens = batch_.num_logit_rows = head_count_ = num_rows;
+  batch_.logit_rows = kRows;
+  head_first_ = 0;
+  trimmed_.assign(static_cast<size_t>(num_rows), 1);
   const int bound = most_active(step, num_rows);
   set_most_active(step, num_rows, is_alone ? firing.width : -1);
   const double before_s = busy_s_;

@@ -136,6 +136,7 @@ double Executor::read_weights() {
       if (const auto* linear = std::get_if<LinearStep>(&step))
         for (const Projection& p : linear->projections) read(p.weight);
       if (const auto* glu = std::get_if<GluStep>(&step)) read(glu->weight);
+      if (const auto* predicted = std::get_if<PredictedStep>(&step)) read(predicted->linear.projections[0].weight);
       if (const auto* up = std::get_if<UpStep>(&step)) read(up->weight);
       if (const auto* down = std::get_if<DownStep>(&step)) read(down->linear.projections[0].weight);
       if (const auto* glu = std::get_if<ExpertGluStep>(&step)) read(glu->weight, glu->input.panels_used(glu->weight));

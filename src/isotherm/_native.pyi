@@ -102,6 +102,19 @@ class ProgramBuilder:
     ) -> None:
         """rows: of the matrix, as quantization/neurons.py has them; empty: all are computed."""
 
+    def predicted(
+        self,
+        x: int,
+        norm: NormRef,
+        projection: tuple[int, int, int],
+        rows: NDArray[np.uint8],
+        activation: str,
+        scores: int,
+        threshold: float,
+        /,
+    ) -> None:
+        """projection, activation: as of `linear`. rows: as of `up`, of the projection's matrix."""
+
     def trim(self, x: int, activation: str, thresholds: int, deviations: float, out: int, /) -> None:
         """thresholds: a vector, or -1."""
 

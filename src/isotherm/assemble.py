@@ -38,6 +38,7 @@ from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
 from isotherm.quality.choice import chosen_program
 from isotherm.quantization.packed_file import PackedWeights
+from isotherm.sparsity.predictor import with_predictors
 from isotherm.text import TextGenerator
 from isotherm.tokenization.chat import chat_template_for
 from isotherm.tokenization.tokenizer import build_tokenizer
@@ -82,17 +83,17 @@ class _Assembly:
         self._checkpoint = checkpoint
         self._options = options
         self._reporter = reporter
-        self._parallel = options.parallel
-        recorded = FAMILIES[checkpoint.config.family](checkpoint.config)
-        self._program = chosen_program(recorded, options.quality, cache_dir(), checkpoint.identity)
+        recorded, tensors = FAMILIES[checkpoint.config.family](checkpoint.config), checkpoint.tensors
+        chosen = chosen_program(recorded, options.quality, cache_dir(), checkpoint.identity)
+        self._program, self._tensors = with_predictors(chosen, tensors, options.predictor, checkpoint.identity)
         self._lowered = self._lower(is_sparse=options.sparse and options.backend == "cpu")
         self._isa = choose_isa()
         self._num_threads = options.threads or physical_cores()
-        self._entries = [spec for spec, _ in packed_entries(self._lowered, checkpoint.tensors)]
+        self._entries = [spec for spec, _ in packed_entries(self._lowered, self._tensors)]
         self._drop_neurons()
 
     def _lower(self, *, is_sparse: bool) -> Program:
-        program, tensors = self._program, self._checkpoint.tensors
+        program, tensors = self._program, self._tensors
         return (lower_by_neuron(program, tensors) if is_sparse else lower(program)).keeping(KvType(self._options.kv))
 
     def _drop_neurons(self) -> None:
@@ -105,7 +106,7 @@ class _Assembly:
             f"all neurons are computed, those that do not fire too: to skip those takes {size_text(extra_bytes)} more"
         )
         self._lowered = self._lower(is_sparse=False)
-        self._entries = [spec for spec, _ in packed_entries(self._lowered, self._checkpoint.tensors)]
+        self._entries = [spec for spec, _ in packed_entries(self._lowered, self._tensors)]
 
     def build(self, name: str, started: float) -> TextGenerator:
         checkpoint, lowered = self._checkpoint, self._lowered
@@ -114,7 +115,7 @@ class _Assembly:
         compiled: CompiledProgram
         if self._options.backend == "reference":
             isa = "numpy"
-            compiled = ReferenceBackend(checkpoint.tensors).compile(self._program, num_pages=limits.num_pages)
+            compiled = ReferenceBackend(self._tensors).compile(self._program, num_pages=limits.num_pages)
         else:
             isa = self._isa
             weights = self._packed()
@@ -123,7 +124,7 @@ class _Assembly:
             threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
         tokenizer = build_tokenizer(checkpoint.tokenizer)
         store = open_store(self._options, checkpoint.identity, lowered, compiled, self._reporter.notice)
-        engine_limits = EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._parallel)
+        engine_limits = EngineLimits(context_tokens, limits.max_tokens, limits.num_pages, self._options.parallel)
         engine = Engine(compiled, lowered, engine_limits, store)
         facts = ModelFacts(
             name=name,
@@ -137,7 +138,7 @@ class _Assembly:
             backend=self._options.backend,
             isa=isa,
             num_threads=self._num_threads,
-            parallel=self._parallel,
+            parallel=self._options.parallel,
             wanted_context_tokens=self._options.context_tokens or checkpoint.config.context_tokens,
             memory=memory,
             load_s=time.perf_counter() - started,
@@ -148,11 +149,9 @@ class _Assembly:
         """Pages for one context at least; what `kv_bytes` has room for beyond that goes to groups without a window."""
         batch_tokens = min(_BATCH_TOKENS, context_tokens)
         states, one = self._lowered.states, pages_for(context_tokens)
-        wanted = [self._parallel * pages_needed(state, context_tokens, batch_tokens) for state in states]
+        wanted = [self._options.parallel * pages_needed(state, context_tokens, batch_tokens) for state in states]
         least = [min(one, pages) for pages in wanted]
-        left_bytes = (self._options.kv_bytes or 0) - sum(
-            state.page_bytes * pages for state, pages in zip(states, least, strict=True)
-        )
+        left_bytes = (self._options.kv_bytes or 0) - sum(s.page_bytes * n for s, n in zip(states, least, strict=True))
         more = max(0, left_bytes) // max(1, sum(state.page_bytes for state in states))
         num_pages = tuple(min(most, pages + more) for most, pages in zip(wanted, least, strict=True))
         return CpuLimits(context_tokens, num_pages, max_tokens=batch_tokens)
@@ -193,6 +192,6 @@ class _Assembly:
     def _packed(self) -> PackedWeights:
         checkpoint, cap_bytes = self._checkpoint, self._options.cache_bytes
         if cap_bytes == 0:
-            return pack_in_memory(self._lowered, checkpoint.tensors)
+            return pack_in_memory(self._lowered, self._tensors)
         cache = PackedCache(cache_dir() / "packed", cap_bytes, checkpoint.path.stem, checkpoint.identity)
-        return open_packed(self._lowered, checkpoint.tensors, cache, self._reporter.notice)
+        return open_packed(self._lowered, self._tensors, cache, self._reporter.notice)

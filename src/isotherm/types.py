@@ -225,4 +225,5 @@ class LoadOptions:
     quality: str = (
         "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
     )
+    predictor: str | Path | None = None  # file of `isotherm train-predictor`: neurons it takes not to fire count as 0
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

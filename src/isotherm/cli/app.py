@@ -26,6 +26,7 @@ from isotherm.cli.serve import serve
 from isotherm.cli.show import show
 from isotherm.cli.stop import stop
 from isotherm.cli.tokenize import tokenize
+from isotherm.cli.train_predictor import train_predictor
 from isotherm.cli.tune import tune
 from isotherm.cli.version import version_text
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "perplexity": perplexity,
     "eval": evaluate,
     "profile": profile,
+    "train-predictor": train_predictor,
     "tune": tune,
     "doctor": doctor,
     "config": config,

@@ -44,7 +44,10 @@ def profile(
     from isotherm.sparsity.summary import summarise
 
     content = read_text(text)
-    with loaded(model, replace(settings, ctx=window)) as generator, open_checkpoint(generator.facts.path) as checkpoint:
+    with (
+        loaded(model, replace(settings, ctx=window, quality="exact", predictor=None)) as generator,
+        open_checkpoint(generator.facts.path) as checkpoint,
+    ):
         windows = [cut.token_ids for cut in cut_windows(generator, content, window, chunks)]
         if len(windows) < chunks:
             notice(f"the text holds {len(windows)} windows of {window} tokens, not {chunks}")

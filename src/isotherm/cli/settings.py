@@ -67,6 +67,9 @@ class Settings:
             str, "BUDGET", "exact, or a budget such as kl=0.01 or ppl=+1%: the rule that `isotherm tune` chose for it."
         ),
     )
+    predictor: str | None = _setting(
+        None, Rule(str, "FILE", "Of `isotherm train-predictor`: neurons it takes not to fire are left out; lossy.")
+    )
     cache_gib: float = _setting(
         64.0,
         Rule(float, "GIB", "Disk for packed models, which start quicker; 0 keeps none.", low=0.0, high=1e6),
@@ -153,6 +156,7 @@ class Settings:
             kv=self.kv,
             sparse=self.sparse,
             quality=self.quality,
+            predictor=self.predictor,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
         )
@@ -263,7 +267,10 @@ SERVING = (
     "log_json",
     "log_prompts",
 )
-LOADING = ("ctx", "kv", "threads", "backend", "sparse", "quality", "cache_gib", "kv_dir", "kv_disk_gib", "offline")
+LOADING = (
+    *("ctx", "kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib"),
+    *("kv_dir", "kv_disk_gib", "offline"),
+)
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)
 
 

@@ -142,6 +142,8 @@ class _Lowering:
     def _hidden(self, op: ops.Ffn, x: Value, norm: NormWeights | None, *, is_sparse: bool) -> Value:
         has_zeros = op.activation.has_zeros or op.trim_gate is not None
         assert has_zeros or op.trim_hidden is not None or not is_sparse
+        if op.predictor is not None:
+            return self._predicted_hidden(op, op.predictor, x, norm, is_sparse=is_sparse)
         hidden = self._new_value(op.ffn_size)
         if op.gate is None:
             assert op.trim_gate is None, "without a gate hidden values are trimmed"
@@ -155,6 +157,27 @@ class _Lowering:
             self._out.append(ops.SparseUp(hidden, gated, x, norm, op.up, op.activation, by_rows=is_sparse))
         else:
             self._out.append(ops.QuantGlu(hidden, x, norm, op.gate, op.up, op.activation))
+        return hidden
+
+    def _predicted_hidden(
+        self, op: ops.Ffn, predictor: ops.Predictor, x: Value, norm: NormWeights | None, *, is_sparse: bool
+    ) -> Value:
+        """The predictor's own activation is a ReLU, whatever the FFN's is."""
+        assert op.activation.has_zeros, "what makes no zeros has none to predict"
+        low, scores = self._new_value(predictor.rank), self._new_value(op.ffn_size)
+        first, second = Projection(low, predictor.first, None), Projection(scores, predictor.second, None)
+        self._out.append(ops.QuantLinear(x, norm, (first,), None, Activation.RELU))
+        self._out.append(ops.QuantLinear(low, None, (second,), None))
+        out, threshold = self._new_value(op.ffn_size), predictor.threshold
+        weight, bias, activation = (op.up, op.up_bias, op.activation) if op.gate is None else (op.gate, None, None)
+        predicted = ops.PredictedLinear(out, scores, x, norm, weight, bias, threshold, activation, by_rows=is_sparse)
+        self._out.append(predicted)
+        if op.gate is None:
+            assert op.trim_gate is None, "without a gate hidden values are trimmed"
+            return out
+        gated = out if op.trim_gate is None else self._trimmed(out, op.activation, op.trim_gate)
+        hidden = self._new_value(op.ffn_size)
+        self._out.append(ops.SparseUp(hidden, gated, x, norm, op.up, op.activation, by_rows=is_sparse))
         return hidden
 
     def _trimmed(self, x: Value, activation: Activation | None, trim: ops.Trim) -> Value:

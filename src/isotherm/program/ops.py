@@ -58,6 +58,20 @@ class Trim:
         return f"trim({sha256(self.thresholds).hexdigest()[:16]})"
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A lossy rule: neurons whose score is below the threshold count as 0, in the sequences that are trimmed.
+
+    scores = relu(x @ first.T) @ second.T, x being the FFN's input (Liu et al. 2023; Song et al. 2024). The names of
+    the weights, first [rank, width] and second [ffn_size, rank], tell their content. What is no number is not below.
+    """
+
+    first: str
+    second: str
+    rank: int
+    threshold: float  # a float32
+
+
 # --- recorded -------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +163,7 @@ class Ffn:
     down_bias: str | None = None
     trim_gate: Trim | None = None  # of the activated gate
     trim_hidden: Trim | None = None
+    predictor: Predictor | None = None  # of an activation that has zeros
 
 
 @dataclass(frozen=True)
@@ -242,6 +257,22 @@ class SparseUp:
 
 
 @dataclass(frozen=True)
+class PredictedLinear:
+    """out = activation(q(norm(x)) @ weight.T + bias), but 0 where it is trimmed and the score is below the threshold.
+    by_rows: as of SparseUp."""
+
+    out: Value
+    scores: Value
+    x: Value
+    norm: NormWeights | None
+    weight: str
+    bias: str | None
+    threshold: float
+    activation: Activation | None
+    by_rows: bool = True
+
+
+@dataclass(frozen=True)
 class TrimOp:
     """out = x where the magnitude of activation(x) reaches the threshold, else 0."""
 
@@ -324,7 +355,7 @@ class AddNorm:
 
 
 RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Moe | Add | SelectRows
-SparseOp = SparseUp | SparseDown | TrimOp
+SparseOp = SparseUp | SparseDown | TrimOp | PredictedLinear
 ExpertOp = Route | ExpertGlu | ExpertDown
 FusedOp = QuantLinear | QuantGlu | SparseOp | ExpertOp | RopeAttention | AddNorm
 LoweredOp = FusedOp | Embed | EmbedPositions | SelectRows | Add

@@ -50,7 +50,7 @@ class Program:
     @property
     def is_trimmed(self) -> bool:
         """Whether a lossy rule holds, for sequences that are trimmed. Of a lowered Program."""
-        return any(isinstance(op, ops.TrimOp) for op in self.ops)
+        return any(isinstance(op, ops.TrimOp | ops.PredictedLinear) for op in self.ops)
 
     def keeping(self, kv_type: KvType) -> "Program":
         """The same Program with keys and values kept as `kv_type`."""

@@ -52,6 +52,8 @@ def reading(path: Path, kind: tuple[str, int], what: str, way_out: str) -> Itera
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.zip.infolist()):
+                raise ValueError("compressed arrays")  # which may be of any size
             meta = json.loads(bytes(archive["meta"]).decode())
             if (meta.pop("format"), meta.pop("version")) != kind:
                 raise ValueError("another format or version")

@@ -35,24 +35,28 @@ class _Watched:
 
 @dataclass(frozen=True)
 class FfnLayer:
-    """One FFN of a lowered Program: its hidden values, what makes them, and the weight that reads them."""
+    """One FFN of a lowered Program: what it reads, its hidden values, what makes them, and what reads those."""
 
+    x: Value
+    norm: NormWeights | None  # of x
     hidden: Value
     activation: Activation
     down: str
 
 
 def ffn_layers(program: Program) -> tuple[FfnLayer, ...]:
-    """The FFNs of a lowered Program, in order."""
+    """The FFNs of a lowered Program without lossy rules, in order. Raises OptionError where it has some."""
+    if program.is_trimmed:
+        raise OptionError("which neurons fire is asked of the exact model; load it without quality and predictor")
     down = {op.x: op.projections[0].weight for op in program.ops if isinstance(op, ops.QuantLinear)}
     down |= {op.x: op.weight for op in program.ops if isinstance(op, ops.SparseDown)}
     found = []
     for op in program.ops:
         if isinstance(op, ops.QuantGlu | ops.SparseUp):
-            found.append(FfnLayer(op.out, op.activation, down[op.out]))
+            found.append(FfnLayer(op.x, op.norm, op.out, op.activation, down[op.out]))
         elif isinstance(op, ops.QuantLinear) and op.activation is not None:
             hidden = op.projections[0].out
-            found.append(FfnLayer(hidden, op.activation, down[hidden]))
+            found.append(FfnLayer(op.x, op.norm, hidden, op.activation, down[hidden]))
     return tuple(found)
 
 

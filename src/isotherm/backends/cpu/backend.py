@@ -189,6 +189,8 @@ class _Compiler:
             case ops.QuantGlu():
                 pair = self._matrix(pair_name(op.gate, op.up))
                 b.glu(at[op.x], self._norm(op.norm), pair, op.activation.value, at[op.out])
+            case ops.PredictedLinear():
+                self._predicted(op)
             case ops.SparseUp():
                 self._sparse_up(op)
             case ops.TrimOp():
@@ -218,8 +220,18 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        rows = self._weights.array(rows_name(op.weight)).view(np.uint8) if op.by_rows else np.empty(0, np.uint8)
-        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out])
+        self._builder.up(x, norm, gate, matrix, self._rows(op), op.activation.value, at[op.out])
+
+    def _predicted(self, op: ops.PredictedLinear) -> None:
+        at = self.buffers.at
+        projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
+        activation = op.activation.value if op.activation else ""
+        scores, x, norm = at[op.scores], at[op.x], self._norm(op.norm)
+        self._builder.predicted(x, norm, projection, self._rows(op), activation, scores, op.threshold)
+
+    def _rows(self, op: ops.SparseUp | ops.PredictedLinear) -> NDArray[np.uint8]:
+        """Rows of its weight, each in one piece, where they may be computed alone."""
+        return self._weights.array(rows_name(op.weight)).view(np.uint8) if op.by_rows else np.empty(0, np.uint8)
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))

@@ -14,6 +14,7 @@ from isotherm.program import ops
 from isotherm.program.recorder import Program
 from isotherm.quantization.packed_file import EntrySpec
 
+_BY_ROWS = ops.SparseUp | ops.PredictedLinear
 _SHARES = (0.1, 0.4)
 _NUM_ROUNDS = 3
 _ENOUGH_BYTES = 96 << 20  # of weights, read in turn
@@ -40,20 +41,20 @@ def set_break_even(
 def _alike(program: Program, entry: Callable[[str], EntrySpec]) -> dict[object, list[int]]:
     groups: dict[object, list[int]] = defaultdict(list)
     for index, op in enumerate(program.ops):
-        if isinstance(op, ops.SparseDown) or (isinstance(op, ops.SparseUp) and op.by_rows):
+        if isinstance(op, ops.SparseDown) or (isinstance(op, _BY_ROWS) and op.by_rows):
             spec = entry(op.weight)
             groups[type(op), spec.types, spec.shape].append(index)
     return groups
 
 
 def _num_neurons(op: ops.Op) -> int:
-    assert isinstance(op, ops.SparseUp | ops.SparseDown)
-    return op.out.width if isinstance(op, ops.SparseUp) else op.x.width
+    assert isinstance(op, ops.SparseDown | _BY_ROWS)
+    return op.out.width if isinstance(op, _BY_ROWS) else op.x.width
 
 
 def _enough(steps: list[int], entry: Callable[[str], EntrySpec], program: Program) -> list[int]:
     op = program.ops[steps[0]]
-    assert isinstance(op, ops.SparseUp | ops.SparseDown)
+    assert isinstance(op, ops.SparseDown | _BY_ROWS)
     return steps[: max(1, _ENOUGH_BYTES // entry(op.weight).num_bytes)]
 
 

@@ -30,7 +30,7 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     """Bytes of buffers, quantised rows, rope tables and every thread's scratch, once all of it is in use."""
     rows = max(limits.max_tokens, limits.max_head_rows)
     *widths, vocab_size = plan_buffers(program).widths
-    reading = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown)
+    reading = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
     inputs = [rows * op.x.width for op in program.ops if isinstance(op, reading)]
     gathered = [0]  # inputs of experts that a batch has
     for op in program.ops:

@@ -167,6 +167,10 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
                     yield from _matrix(projection.weight, projection.bias)
             case ops.QuantGlu() | ops.ExpertGlu():
                 yield pair_name(op.gate, op.up), (op.gate, op.up), EntryKind.PAIR
+            case ops.PredictedLinear():
+                yield from _matrix(op.weight, op.bias)
+                if op.by_rows:
+                    yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
             case ops.SparseUp():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
                 if op.by_rows:

@@ -15,7 +15,8 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 _NORM_AND_QUANTISE = "norm, quantise"
 _GATHER = "norm, quantise, gather"
 _ROPE_AND_APPEND = "rope, append"
-_QUANTISING = (ops.QuantLinear, ops.QuantGlu, ops.SparseUp, ops.SparseDown, ops.ExpertGlu, ops.ExpertDown)
+_SPARSE = (ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
+_QUANTISING = (ops.QuantLinear, ops.QuantGlu, *_SPARSE, ops.ExpertGlu, ops.ExpertDown)
 _MAX_MARKS = {ops.RopeAttention: 6, **dict.fromkeys(_QUANTISING, 4)}  # two for each part; split attention has three
 
 
@@ -55,6 +56,8 @@ class _Description:
                 return self._matmul("head" if self._layer is None else _joined(names), names)
             case ops.QuantGlu():
                 return self._matmul("glu", [pair_name(op.gate, op.up)])
+            case ops.PredictedLinear():
+                return self._matmul(f"{_joined([op.weight])}, those predicted", [op.weight])
             case ops.SparseUp():
                 return self._matmul("up, those that fire", [op.weight])
             case ops.SparseDown():
@@ -108,7 +111,7 @@ def _weight_names(op: ops.Op) -> tuple[str, ...]:
             return tuple(projection.weight for projection in op.projections)
         case ops.QuantGlu() | ops.ExpertGlu():
             return op.gate, op.up
-        case ops.SparseUp() | ops.SparseDown() | ops.ExpertDown():
+        case ops.SparseUp() | ops.SparseDown() | ops.PredictedLinear() | ops.ExpertDown():
             return (op.weight,)
         case ops.AddNorm():
             return (op.norm.weight,)

@@ -154,13 +154,9 @@ class CompiledReference:
                 values[op.out] = values[op.x][batch.logit_rows]
             case ops.QuantLinear():
                 x, quantised = self._quantise(values[op.x], op.norm)
-                for projection in op.projections:
-                    y = self._project(x, quantised, projection.weight)
-                    if projection.bias:
-                        y = y + w.vector(projection.bias)
-                    if op.activation:
-                        y = contract.activate(y, op.activation)
-                    values[projection.out] = y if op.residual is None else values[op.residual] + y
+                for p in op.projections:
+                    y = self._finished(self._project(x, quantised, p.weight), p.bias, op.activation)
+                    values[p.out] = y if op.residual is None else values[op.residual] + y
             case ops.QuantGlu():
                 x, quantised = self._quantise(values[op.x], op.norm)
                 gate, up = (self._project(x, quantised, name) for name in (op.gate, op.up))
@@ -168,6 +164,9 @@ class CompiledReference:
             case ops.SparseUp():
                 up = self._project(*self._quantise(values[op.x], op.norm), op.weight)
                 values[op.out] = contract.glu(values[op.gated], up, op.activation)
+            case ops.PredictedLinear():
+                trimmed = self._trimmed_rows(len(values[op.x]), batch)
+                values[op.out] = self._predicted(values[op.x], values[op.scores], op, trimmed)
             case ops.TrimOp():
                 x = values[op.x]
                 values[op.out] = self._trim(contract, x, op.activation, op.trim, self._trimmed_rows(len(x), batch))
@@ -196,6 +195,16 @@ class CompiledReference:
             normed = arithmetic.layer_norm(x, weight, self._weights.vector(norm.bias), norm.eps)
         return normed
 
+    def _finished(self, y: F32, bias: str | None, activation: Activation | None) -> F32:
+        if bias:
+            y = y + self._weights.vector(bias)
+        return contract.activate(y, activation) if activation else y
+
+    def _predicted(self, x: F32, scores: F32, op: ops.PredictedLinear, trimmed: NDArray[np.bool_]) -> F32:
+        y = self._finished(self._project(*self._quantise(x, op.norm), op.weight), op.bias, op.activation)
+        keeps = ~trimmed[:, None] | contract.is_predicted(scores, op.threshold)
+        return np.where(keeps, y, np.float32(0.0))
+
     def _trim(
         self, arithmetic: Any, x: F32, activation: Activation | None, trim: ops.Trim | None, trimmed: NDArray[np.bool_]
     ) -> F32:
@@ -213,10 +222,16 @@ class CompiledReference:
     def _ffn(self, x: F32, op: ops.Ffn, batch: Batch) -> F32:
         w, trimmed = self._weights, self._trimmed_rows(len(x), batch)
         up = x @ w.floats(op.up).T + (w.vector(op.up_bias) if op.up_bias else 0)
+        keeps = np.ones(up.shape, np.bool_)
+        if op.predictor is not None:
+            low = float32.activate(x @ w.floats(op.predictor.first).T, Activation.RELU)
+            scores = low @ w.floats(op.predictor.second).T
+            keeps = ~trimmed[:, None] | contract.is_predicted(scores, op.predictor.threshold)
         if op.gate is None:
-            hidden = float32.activate(up, op.activation)
+            hidden = np.where(keeps, float32.activate(up, op.activation), np.float32(0.0))
         else:
-            gate = self._trim(float32, x @ w.floats(op.gate).T, op.activation, op.trim_gate, trimmed)
+            gate = np.where(keeps, x @ w.floats(op.gate).T, np.float32(0.0))
+            gate = self._trim(float32, gate, op.activation, op.trim_gate, trimmed)
             hidden = float32.glu(gate, up, op.activation)
         hidden = self._trim(float32, hidden, None, op.trim_hidden, trimmed)
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)

@@ -153,6 +153,12 @@ def trim(x: F32, activation: Activation | None, thresholds: F32 | None, deviatio
     return np.where(magnitude < thresholds, np.float32(0.0), x)
 
 
+def is_predicted(scores: F32, threshold: float) -> NDArray[np.bool_]:
+    """Which neurons a predictor takes to fire: those whose score is not below the threshold, or is not a number."""
+    with np.errstate(invalid="ignore"):
+        return ~(scores < np.float32(threshold))
+
+
 def activate(x: F32, activation: Activation) -> F32:
     if activation.has_zeros:
         positive: F32 = np.maximum(x, np.float32(0.0))
