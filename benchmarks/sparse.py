@@ -4,13 +4,14 @@
     python benchmarks/sparse.py relu-7b.gguf -r 5 --predictor relu-7b.predictor --text text.txt
 
 The model is one whose neurons fire seldom: synthetic.py plants them. That both give the same answers is checked first.
-With a predictor (`isotherm train-predictor`) decoding that asks it is timed too, and what it predicts of a text that it
-was not trained on is told.
+With --batch as many answers are decoded together. With a predictor (`isotherm train-predictor`) decoding that asks it is
+timed too, and what it predicts of a text that it was not trained on is told.
 """
 
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -60,17 +61,36 @@ def predicted_shares(model: TextGenerator, options: argparse.Namespace) -> dict[
     }
 
 
+def decode_rate(model: TextGenerator, num_tokens: int, batch: int) -> float:
+    """Tokens a second, of all answers together; each of several begins with a prompt of its own."""
+    if batch == 1:
+        return num_tokens / model.decode_s(num_tokens, depth=16).total_s
+    with ExitStack() as stack:
+        prompts = [[token + 64 * i for token in _PROMPT[:16]] for i in range(batch)]
+        streams = [stack.enter_context(model.start(prompt, max_tokens=num_tokens + 64)) for prompt in prompts]
+        waiting = set(range(batch))
+        while waiting:
+            model.step()
+            waiting -= {i for i in waiting if streams[i].poll()}
+        started, num_chosen = time.perf_counter(), 0
+        for _ in range(num_tokens):
+            model.step()
+            num_chosen += sum(len(piece.tokens) for stream in streams if (piece := stream.poll()))
+        return num_chosen / (time.perf_counter() - started)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("-r", "--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("-n", "--num-tokens", type=int, default=32, help="decoded in each turn; default: %(default)s")
     parser.add_argument("-t", "--threads", type=int, default=physical_cores(), help="default: %(default)s")
+    parser.add_argument("-b", "--batch", type=int, default=1, help="answers at once; default: %(default)s")
     parser.add_argument("--predictor", type=Path, help="a file of `isotherm train-predictor`: decoding with it too")
     parser.add_argument("--text", type=Path, help="what the predictor is measured on; by default some token ids")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    load: dict[str, Any] = {"threads": options.threads, "context_tokens": 512}
+    load: dict[str, Any] = {"threads": options.threads, "context_tokens": 512, "parallel": options.batch}
     with ExitStack() as stack:
         sparse = stack.enter_context(isotherm.load(options.model, sparse=True, **load))
         dense = stack.enter_context(isotherm.load(options.model, sparse=False, **load))
@@ -89,10 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in range(options.rounds):
             probes.append(asdict(measure(options.threads)))
             for name in list(models)[:: -1 if number % 2 else 1]:
-                rates[name].append(options.num_tokens / models[name].decode_s(options.num_tokens, depth=16).total_s)
+                rates[name].append(decode_rate(models[name], options.num_tokens, options.batch))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = medians["sparse"] / medians["dense"]
-    print(f"{options.model.name}: {active:.1%} active, tokens/s {medians}, ratio {ratio:.3f}")
+    print(f"{options.model.name}, {options.batch} at once: {active:.1%} active, tokens/s {medians}, ratio {ratio:.3f}")
     if predictor:
         predictor["ratio"] = medians["predicted"] / medians["dense"]
         print(
@@ -107,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "num_threads": options.threads,
         "active": active,
         "num_tokens": options.num_tokens,
+        "batch": options.batch,
         "tokens_per_s": rates,
         "medians": medians,
         "ratio": ratio,

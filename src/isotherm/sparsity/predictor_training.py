@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from isotherm.errors import OptionError, UnsupportedModel
 from isotherm.program.backend import WeightTensor
-from isotherm.quantization.layouts import BLOCKS, dequantise
+from isotherm.quantization.layouts import dequantise, quantise_q8_0
 from isotherm.quantization.neurons import neuron_form
 from isotherm.sparsity.predictor import (
     PREDICTOR_TYPE,
@@ -32,7 +32,6 @@ from isotherm.sparsity.predictor_samples import LayerSamples, collect, quantised
 from isotherm.sparsity.profile import FfnLayer, ffn_layers
 from isotherm.sparsity.summary import hot_share
 from isotherm.text import TextGenerator
-from isotherm.types import QuantType
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -197,7 +196,7 @@ class _Network:
         self._steps[1].step(error.T @ low, rate)
 
     def packed(self) -> tuple[U8, U8]:
-        return as_q8_0(self._first / self._usual), as_q8_0(self._second)
+        return quantise_q8_0(self._first / self._usual), quantise_q8_0(self._second)
 
 
 class _Adam:
@@ -223,17 +222,6 @@ class _Adam:
         np.divide(self._mean, gradient, out=gradient)
         gradient *= np.float32(rate / (1 - slow**self._num_steps))
         self._matrix -= gradient
-
-
-def as_q8_0(values: F32) -> U8:
-    """Rows [rows, row bytes] of the nearest codes to `values` [rows, columns], by block (GGUF specification, Q8_0)."""
-    blocks = np.zeros((len(values), values.shape[1] // 32), BLOCKS[QuantType.Q8_0])
-    by_block = values.reshape(*blocks.shape, 32)
-    scale = (np.abs(by_block).max(axis=2) / np.float32(127)).astype(np.float16)
-    wide = scale.astype(np.float32)[..., None]
-    codes = np.rint(np.divide(by_block, wide, out=np.zeros_like(by_block), where=wide > 0))
-    blocks["d"], blocks["low"] = scale.view(np.uint16), np.clip(codes, -127, 127).astype(np.int8).view(np.uint8)
-    return blocks.view(np.uint8).reshape(len(values), -1)
 
 
 def _spans(count: int, size: int) -> Iterator[slice]:
