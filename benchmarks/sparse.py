@@ -4,8 +4,8 @@
     python benchmarks/sparse.py relu-7b.gguf -r 5 --predictor relu-7b.predictor --text text.txt
 
 The model is one whose neurons fire seldom: synthetic.py plants them. That both give the same answers is checked first.
-With --batch as many answers are decoded together. With a predictor (`isotherm train-predictor`) decoding that asks it is
-timed too, and what it predicts of a text that it was not trained on is told.
+With --batch as many answers are decoded together. With a predictor (`isotherm train-predictor`) decoding that asks it
+is timed too, and what it predicts of a text that it was not trained on is told.
 """
 
 import argparse
