@@ -8,6 +8,7 @@ import pytest
 from benchmark_module import benchmark
 
 import isotherm
+from isotherm.program.ops import SparseDown
 
 convert = benchmark("convert_opt").convert
 
@@ -41,3 +42,18 @@ def test_greedy_answers(path: Path, golden: dict[str, Any], backend: str) -> Non
             expected = row["continuation_ids"]
             answer = model.generate(row["prompt"], raw=True, max_tokens=len(expected))
             assert list(answer.token_ids) == expected
+
+
+def test_neurons_that_fire_alone_give_the_bits_of_all(
+    folder: Path, golden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2000 tokens, of which 44 to 92 % of the neurons of a layer are zero."""
+    monkeypatch.setattr("isotherm.backends.cpu.break_even._break_even", lambda *_: 1.0)  # whatever is faster here
+    path = tmp_path / "tiny-opt.gguf"
+    convert(folder, path, "Q8_0")
+    with isotherm.load(path, cache_bytes=0) as sparse, isotherm.load(path, cache_bytes=0, sparse=False) as dense:
+        assert any(isinstance(op, SparseDown) for op in sparse.program.ops)
+        for row in golden["rows"]:
+            answers = [model.generate(row["prompt"], raw=True, max_tokens=400) for model in (sparse, dense)]
+            assert len(answers[0].tokens) == 400
+            assert answers[0].tokens == answers[1].tokens  # log-probabilities too
