@@ -30,24 +30,6 @@ constexpr RowUnit kRowUnits[kNumWeightTypes] = {
 constexpr int kLineBytes = 64, kWordBytes = 4, kPieceWords = 4;
 constexpr int kMaxTileChunkBytes = kChunkColumns * kTileRows * kWordBytes;
 
-using FourWords = uint32_t __attribute__((vector_size(16)));
-
-// Four words of each of 16 rows, word by word.
-VEC void transpose_words(const uint8_t* const* rows, size_t offset, uint8_t* out) {
-  for (int group = 0; group < 4; group++) {
-    FourWords row[4];
-    for (int i = 0; i < 4; i++) __builtin_memcpy(&row[i], rows[4 * group + i] + offset, sizeof(FourWords));
-    const FourWords ab_low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
-                    ab_high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
-                    cd_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
-                    cd_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    const FourWords word[4] = {
-        __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
-        __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
-    for (int i = 0; i < 4; i++) __builtin_memcpy(out + kLineBytes * i + 16 * group, &word[i], sizeof(FourWords));
-  }
-}
-
 // A line of words as a line of their parts, first parts first.
 template <class Part>
 VEC void split_line(uint8_t* line) {
@@ -66,7 +48,11 @@ void gather_tile(const uint8_t* const* rows, size_t offset, const RowUnit& unit,
   const int num_words = num_units * unit.num_words();
   for (int word = 0; word < num_words; word += kPieceWords) {
     const int first = word + kPieceWords <= num_words ? word : num_words - kPieceWords;  // some words twice
-    transpose_words(rows, offset + static_cast<size_t>(kWordBytes * first), tile + kLineBytes * first);
+    const size_t at = offset + static_cast<size_t>(kWordBytes * first);
+    U lines[kPieceWords];
+    transpose_words(load_pieces(rows, at), load_pieces(rows + 1, at), load_pieces(rows + 2, at),
+                    load_pieces(rows + 3, at), lines);
+    for (int i = 0; i < kPieceWords; i++) store(tile + kLineBytes * (first + i), lines[i]);
   }
   for (int i = 0; i < num_units; i++) {
     uint8_t* line = tile + kLineBytes * (i * unit.num_words() + unit.first_words);

@@ -155,6 +155,26 @@ VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
   interleave(a.b, b.b, c.b, d.b, high);
   for (int j = 0; j < 4; j++) out[j] = {low[j], high[j]};
 }
+VEC U load_pieces(const uint8_t* const* rows, size_t offset) {  // 16 bytes of each fourth of 13 rows
+  const auto piece = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset)); };
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(4), 1),
+          _mm256_inserti128_si256(_mm256_castsi128_si256(piece(8)), piece(12), 1)};
+}
+VEC void transpose_words(__m256i a, __m256i b, __m256i c, __m256i d, __m256i (&out)[4]) {
+  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+  out[0] = _mm256_unpacklo_epi64(ab_low, cd_low);
+  out[1] = _mm256_unpackhi_epi64(ab_low, cd_low);
+  out[2] = _mm256_unpacklo_epi64(ab_high, cd_high);
+  out[3] = _mm256_unpackhi_epi64(ab_high, cd_high);
+}
+// Words of four vectors, within each 16 bytes: out[j] has word j of each.
+VEC void transpose_words(U a, U b, U c, U d, U (&out)[4]) {
+  __m256i low[4], high[4];
+  transpose_words(a.a, b.a, c.a, d.a, low);
+  transpose_words(a.b, b.b, c.b, d.b, high);
+  for (int j = 0; j < 4; j++) out[j] = {low[j], high[j]};
+}
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {table, table};

@@ -109,6 +109,23 @@ VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
   out[3].v = _mm512_unpackhi_epi16(ab_high, cd_high);
 }
 
+VEC U load_pieces(const uint8_t* const* rows, size_t offset) {  // 16 bytes of each fourth of 13 rows
+  const auto piece = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset)); };
+  __m512i x = _mm512_maskz_broadcast_i32x4(0x000F, piece(0));
+  x = _mm512_mask_broadcast_i32x4(x, 0x00F0, piece(4));
+  x = _mm512_mask_broadcast_i32x4(x, 0x0F00, piece(8));
+  return {_mm512_mask_broadcast_i32x4(x, 0xF000, piece(12))};
+}
+// Words of four vectors, within each 16 bytes: out[j] has word j of each.
+VEC void transpose_words(U a, U b, U c, U d, U (&out)[4]) {
+  const __m512i ab_low = _mm512_unpacklo_epi32(a.v, b.v), ab_high = _mm512_unpackhi_epi32(a.v, b.v);
+  const __m512i cd_low = _mm512_unpacklo_epi32(c.v, d.v), cd_high = _mm512_unpackhi_epi32(c.v, d.v);
+  out[0].v = _mm512_unpacklo_epi64(ab_low, cd_low);
+  out[1].v = _mm512_unpackhi_epi64(ab_low, cd_low);
+  out[2].v = _mm512_unpacklo_epi64(ab_high, cd_high);
+  out[3].v = _mm512_unpackhi_epi64(ab_high, cd_high);
+}
+
 // acc + sum over the four columns of code * activation. kWide: codes may pass 127.
 template <bool kWide>
 VEC I dot(I acc, U codes, I quad) {

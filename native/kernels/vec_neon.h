@@ -160,6 +160,21 @@ VEC void interleave(U a, U b, U c, U d, U (&out)[4]) {
     out[3].v[i] = vreinterpretq_u8_u16(high.val[1]);
   }
 }
+VEC U load_pieces(const uint8_t* const* rows, size_t offset) {  // 16 bytes of each fourth of 13 rows
+  return each<U>([=](int i) { return vld1q_u8(rows[4 * i] + offset); });
+}
+// Words of four vectors, within each 16 bytes: out[j] has word j of each.
+VEC void transpose_words(U a, U b, U c, U d, U (&out)[4]) {
+  const auto words = [](uint8x16_t x) { return vreinterpretq_u32_u8(x); };
+  const auto join = [](uint32x2_t low, uint32x2_t high) { return vreinterpretq_u8_u32(vcombine_u32(low, high)); };
+  for (int i = 0; i < 4; i++) {
+    const uint32x4x2_t ab = vzipq_u32(words(a.v[i]), words(b.v[i])), cd = vzipq_u32(words(c.v[i]), words(d.v[i]));
+    for (int j = 0; j < 2; j++) {
+      out[2 * j].v[i] = join(vget_low_u32(ab.val[j]), vget_low_u32(cd.val[j]));
+      out[2 * j + 1].v[i] = join(vget_high_u32(ab.val[j]), vget_high_u32(cd.val[j]));
+    }
+  }
+}
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   return each<U>([=](int) { return vld1q_u8(p); });
 }

@@ -189,6 +189,17 @@ VEC void interleave(const U& a, const U& b, const U& c, const U& d, U (&out)[4])
   for (int j = 0; j < 4; j++)
     for (int i = 0; i < 64; i++) out[j].v[i] = in[i % 4]->v[i / 16 * 16 + 4 * j + i % 16 / 4];
 }
+VEC U load_pieces(const uint8_t* const* rows, size_t offset) {  // 16 bytes of each fourth of 13 rows
+  U x;
+  for (int i = 0; i < 64; i++) x.v[i] = rows[i / 16 * 4][offset + static_cast<size_t>(i % 16)];
+  return x;
+}
+// Words of four vectors, within each 16 bytes: out[j] has word j of each.
+VEC void transpose_words(const U& a, const U& b, const U& c, const U& d, U (&out)[4]) {
+  const U* const in[4] = {&a, &b, &c, &d};
+  for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 64; i++) out[j].v[i] = in[i % 16 / 4]->v[i / 16 * 16 + 4 * j + i % 4];
+}
 VEC U load_table(const uint8_t* p) {  // 16 bytes that four bits choose from
   U table;
   for (int i = 0; i < 64; i++) table.v[i] = p[i % 16];
