@@ -30,17 +30,19 @@ constexpr RowUnit kRowUnits[kNumWeightTypes] = {
 constexpr int kLineBytes = 64, kWordBytes = 4, kPieceWords = 4;
 constexpr int kMaxTileChunkBytes = kChunkColumns * kTileRows * kWordBytes;
 
+using LineWords = uint32_t __attribute__((vector_size(64)));
+using LineHalves = uint16_t __attribute__((vector_size(32)));
+using LineBytes = uint8_t __attribute__((vector_size(16)));
+
 // A line of words as a line of their parts, first parts first.
-template <class Part>
+template <class Parts>
 VEC void split_line(uint8_t* line) {
-  constexpr int kParts = kWordBytes / sizeof(Part);
-  uint32_t words[kTileRows];
-  Part parts[kParts * kTileRows];
-  __builtin_memcpy(words, line, kLineBytes);
-  for (int part = 0; part < kParts; part++)
-    for (int lane = 0; lane < kTileRows; lane++)
-      parts[part * kTileRows + lane] = static_cast<Part>(words[lane] >> (8 * sizeof(Part) * static_cast<size_t>(part)));
-  __builtin_memcpy(line, parts, kLineBytes);
+  LineWords words;
+  __builtin_memcpy(&words, line, kLineBytes);
+  for (size_t at = 0; at < kLineBytes; at += sizeof(Parts), words >>= 8 * sizeof(Parts) / kTileRows) {
+    const Parts parts = __builtin_convertvector(words, Parts);
+    __builtin_memcpy(line + at, &parts, sizeof(Parts));
+  }
 }
 
 // One tile over a chunk of columns that begins at `offset` of each of its 16 rows.
@@ -56,8 +58,8 @@ void gather_tile(const uint8_t* const* rows, size_t offset, const RowUnit& unit,
   }
   for (int i = 0; i < num_units; i++) {
     uint8_t* line = tile + kLineBytes * (i * unit.num_words() + unit.first_words);
-    for (int n = 0; n < unit.half_words; n++, line += kLineBytes) split_line<uint16_t>(line);
-    for (int n = 0; n < unit.byte_words; n++, line += kLineBytes) split_line<uint8_t>(line);
+    for (int n = 0; n < unit.half_words; n++, line += kLineBytes) split_line<LineHalves>(line);
+    for (int n = 0; n < unit.byte_words; n++, line += kLineBytes) split_line<LineBytes>(line);
   }
 }
 
