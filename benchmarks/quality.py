@@ -28,7 +28,7 @@ from isotherm.models import FAMILIES
 from isotherm.probe import measure, physical_cores
 from isotherm.quality.calibration import SHARES, Calibrated, build_ladder, calibrate, collect, neutral_trims
 from isotherm.quality.choice import Choice, LayerTrims
-from isotherm.quality.rules import Rule
+from isotherm.quality.rules import Rule, rules_for
 from isotherm.quality.search import Candidate, HeldOut, best_rung, timed
 from isotherm.quality.tuning import WINDOW_TOKENS, with_skipped
 from isotherm.text import TextGenerator
@@ -58,7 +58,7 @@ class Subject:
             with self.load(neutral_trims(recorded)) as model:
                 windows = cut_windows(model, text, WINDOW_TOKENS, _CALIBRATION_WINDOWS)
                 samples = collect(model, [window.token_ids for window in windows])
-                return calibrate(model, checkpoint.tensors, samples, list(Rule), lambda _: None)
+                return calibrate(model, checkpoint.tensors, samples, rules_for(samples[0]), lambda _: None)
 
     def with_skipped(self, candidate: Candidate) -> Candidate:
         with open_checkpoint(self._path) as checkpoint:

@@ -121,6 +121,20 @@ def test_experts_are_refused(
         assert "packing" not in streams.err, "it is said before anything is computed"
 
 
+def test_rules_of_a_gate_where_there_is_none(
+    tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path / "cache"))
+    opt = str(write_tiny(tmp_path / "opt.gguf", "opt", QuantType.Q8_0))
+    tune = ["tune", opt, "--text", text_file, "--quality", "kl=0.02", "--chunks", "1", "--rule", "cats"]
+    assert main(tune) == 2
+    assert "cats: the FFNs of this model have no gate; rules for it are teal, wina" in capsys.readouterr().err
+    assert main([*tune, "--rule", "teal", "--json"]) == 0
+    streams = capsys.readouterr()
+    assert [candidate["rule"] for candidate in json.loads(streams.out)["candidates"]] == ["teal"]
+    assert "left out, for the FFNs of this model have no gate: cats" in streams.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

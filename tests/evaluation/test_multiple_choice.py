@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from float_tensor import FloatTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -248,21 +248,6 @@ def test_a_context_is_computed_once(tmp_path: Path) -> None:
     for texts, item, context in zip(asked, ITEMS, contexts, strict=True):
         assert len(texts) == len(item.choices)
         assert all(list(ids[: len(context)]) == context and rows[0] == len(context) - 1 for ids, rows in texts)
-
-
-@dataclass(frozen=True)
-class FloatTensor:
-    """A WeightTensor of float32 values [rows, columns]."""
-
-    values: F32
-    quant_type: QuantType = QuantType.F32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    def read(self, row_start: int = 0, row_end: int | None = None) -> NDArray[np.uint8]:
-        return self.values[row_start:row_end].view(np.uint8)
 
 
 def spelled(ids: Sequence[int]) -> str:

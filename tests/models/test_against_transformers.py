@@ -4,13 +4,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from float_tensor import FloatTensor
 from oracle.cases import ANSWERS, CASES, F32, OracleCase, weights
 from tolerances import FLOAT_WEIGHTS_SHARE, ORACLE_LOGITS
 
@@ -23,24 +23,9 @@ from isotherm.models import FAMILIES
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.quantization.packed_file import PackedMemory
-from isotherm.types import Activation, Experts, ModelConfig, QuantType, Rope
+from isotherm.types import Activation, Experts, ModelConfig, Rope
 
 SCRIPT = Path(__file__).parents[1] / "oracle" / "make_answers.py"
-
-
-@dataclass(frozen=True)
-class FloatTensor:
-    """A WeightTensor of float32 values [rows, columns]."""
-
-    values: F32
-    quant_type: QuantType = QuantType.F32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    def read(self, row_start: int = 0, row_end: int | None = None) -> NDArray[np.uint8]:
-        return self.values[row_start:row_end].view(np.uint8)
 
 
 def tensors(config: ModelConfig) -> dict[str, FloatTensor]:

@@ -1,9 +1,10 @@
 """Lowering keeps the function: invariants of what it writes, and float32 weights give nearly the same numbers."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from float_tensor import FloatTensor
 from numpy.typing import NDArray
 from test_snapshots import CONFIGS
 from tolerances import FLOAT_WEIGHTS_SHARE
@@ -15,7 +16,7 @@ from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.program.ops import AttentionShape, NormWeights, Op, Projection, Value
 from isotherm.program.recorder import Program, Recorder, StateKind, StateSpec
-from isotherm.types import Activation, QuantType, Rope
+from isotherm.types import Activation, Rope
 
 F32 = NDArray[np.float32]
 ROPE = Rope(10000.0, 16)
@@ -34,21 +35,6 @@ LOWERED = (
     ops.Add,
     ops.SelectRows,
 )
-
-
-@dataclass(frozen=True)
-class FloatTensor:
-    """A WeightTensor of float32 values [rows, columns]."""
-
-    values: F32
-    quant_type: QuantType = QuantType.F32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    def read(self, row_start: int = 0, row_end: int | None = None) -> NDArray[np.uint8]:
-        return self.values[row_start:row_end].view(np.uint8)
 
 
 def shapes(program: Program) -> dict[str, tuple[int, int]]:

@@ -96,7 +96,7 @@ def test_what_is_collected(
             for window in windows:
                 model.observe(window, wanted, lambda value, rows: values.setdefault(value, []).append(rows))
             program = model.program
-            calibrated = calibrate(model, checkpoint.tensors, samples, list(Rule), lambda _: None)
+            calibrated = calibrate(model, checkpoint.tensors, samples, rules_for(samples[0]), lambda _: None)
         down = {
             op.down: dequantise(checkpoint.tensors[op.down].read(), QuantType.Q8_0, op.ffn_size) for op in recorded.ffns
         }

@@ -64,6 +64,7 @@ class Engine:
     ) -> None:
         """store: of the identity of `program` on `compiled`."""
         self.program = program
+        self._is_trimmed = program.is_trimmed
         self._compiled = compiled
         self._vocab_size = program.logits.width
         self._limits = limits
@@ -93,7 +94,7 @@ class Engine:
         num_prompt = facts.num_prompt_tokens = len(request.prompt_ids)
         tokens = np.empty(num_prompt + self.num_answer_tokens(request), np.int32)
         tokens[:num_prompt] = request.prompt_ids
-        job = Job(tokens, num_prompt, request.priority, is_trimmed=self.program.is_trimmed and not request.is_exact)
+        job = Job(tokens, num_prompt, request.priority, is_trimmed=self._is_trimmed and not request.is_exact)
         job.owner = generation = Generation(request, facts, job, Sampler(request.sampling, self._vocab_size))
         with self._changed:
             self._scheduler.add(job)
@@ -142,8 +143,7 @@ class Engine:
             with self._whole():
                 self._remove_ended()
                 self._scheduler.preempt_all()
-                is_trimmed = self.program.is_trimmed and not is_exact
-                pages = self._kv.sequence(publishes=False, is_trimmed=is_trimmed)
+                pages = self._kv.sequence(publishes=False, is_trimmed=self._is_trimmed and not is_exact)
                 yield SoloSequence(self._compiled, pages, self._vocab_size, self._limits.batch_tokens)
                 pages.release()
         finally:

@@ -20,8 +20,8 @@ from isotherm.program.backend import WeightTensor
 from isotherm.program.ops import Value
 from isotherm.program.recorder import Program
 from isotherm.quality.choice import LayerTrims
-from isotherm.quality.rules import LayerRule, LayerSamples, Rule, rules_for
-from isotherm.quantization.layouts import dequantise
+from isotherm.quality.rules import LayerRule, LayerSamples, Rule
+from isotherm.sparsity.stored_weights import float_slabs
 from isotherm.text import TextGenerator
 from isotherm.types import Activation
 
@@ -30,7 +30,6 @@ F32 = NDArray[np.float32]
 SHARES = tuple(np.arange(20) / 20)  # of neurons left out: rung by rung
 _SAMPLE_TOKENS = 256
 _ERROR_STRIDE = 4  # every so manieth sample tells the error, which takes a matmul
-_READ_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -145,23 +144,22 @@ def calibrate(
     rules: Sequence[Rule],
     on_layer: Callable[[int], None],
 ) -> list[Calibrated]:
-    """One for each of the rules that the model's FFNs can have. on_layer hears the index of each layer that is done."""
-    wanted = [rule for rule in rules if rule in rules_for(samples[0])]
-    trims: dict[Rule, list[tuple[LayerTrims, ...]]] = {rule: [] for rule in wanted}
-    errors: dict[Rule, list[tuple[float, ...]]] = {rule: [] for rule in wanted}
+    """One for each rule, of `rules_for`. on_layer hears the index of each layer that is done."""
+    trims: dict[Rule, list[tuple[LayerTrims, ...]]] = {rule: [] for rule in rules}
+    errors: dict[Rule, list[tuple[float, ...]]] = {rule: [] for rule in rules}
     for index, (layer, kept) in enumerate(zip(_layers(model.program), samples, strict=True)):
         sample = kept.widened()
-        down = _floats(tensors[layer.down])
+        down = np.concatenate(list(float_slabs(tensors[layer.down])))
         down_norm = np.sqrt(np.square(down).sum(axis=0))
         few = sample.chosen(_ERROR_STRIDE)
-        for rule in wanted:
+        for rule in rules:
             one = LayerRule(rule, sample, down_norm)
             choices = (one.neutral(), *one.trims(SHARES[1:]))
             trims[rule].append(choices)
             steps = (_error(few, one.left_out(few, choice), down) for choice in choices[1:])
             errors[rule].append((0.0, *steps))
         on_layer(index)
-    return [Calibrated(rule, tuple(trims[rule]), tuple(errors[rule])) for rule in wanted]
+    return [Calibrated(rule, tuple(trims[rule]), tuple(errors[rule])) for rule in rules]
 
 
 def build_ladder(calibrated: Calibrated, gains: Sequence[float]) -> Ladder:
@@ -217,12 +215,3 @@ def _error(samples: LayerSamples, left_out: NDArray[np.bool_], down: F32) -> flo
     missing = np.where(left_out, samples.hidden, 0) @ down.T
     relative = np.square(missing).sum(axis=1) / np.maximum(np.square(samples.output_norm), np.float32(1e-20))
     return float(relative.mean())
-
-
-def _floats(tensor: WeightTensor) -> F32:
-    rows, columns = tensor.shape
-    parts = [
-        dequantise(tensor.read(start, min(rows, start + _READ_ROWS)), tensor.quant_type, columns)
-        for start in range(0, rows, _READ_ROWS)
-    ]
-    return np.concatenate(parts)

@@ -81,8 +81,7 @@ class LayerRule:
 
     def neutral(self) -> LayerTrims:
         """Leaves nothing out."""
-        trim = Trim(np.zeros(len(self._weight), np.float32).tobytes())
-        return LayerTrims(gate=trim) if self._rule.is_of_gate else LayerTrims(hidden=trim)
+        return self._placed(Trim(np.zeros(len(self._weight), np.float32).tobytes()))
 
     def left_out(self, samples: LayerSamples, trims: LayerTrims) -> NDArray[np.bool_]:
         """[tokens, ffn_size]"""
@@ -114,11 +113,13 @@ class LayerRule:
 
     def _trim(self, level: np.float32) -> LayerTrims:
         if self._rule is Rule.TOPK:
-            return LayerTrims(gate=Trim(None, float(level)))
+            return self._placed(Trim(None, float(level)))
         highest = np.finfo(np.float32).max
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             thresholds = np.where(level > 0, np.minimum(level / self._weight, highest), 0).astype(np.float32)
-        trim = Trim(thresholds.tobytes())
+        return self._placed(Trim(thresholds.tobytes()))
+
+    def _placed(self, trim: Trim) -> LayerTrims:
         return LayerTrims(gate=trim) if self._rule.is_of_gate else LayerTrims(hidden=trim)
 
 

@@ -10,6 +10,7 @@ from statistics import fmean, median
 import numpy as np
 from numpy.typing import NDArray
 
+from isotherm.evaluation.divergence import kl_divergence
 from isotherm.evaluation.windows import Window, log_softmax, scored_rows
 from isotherm.load_options import Budget
 from isotherm.quality.calibration import SHARES, Calibrated, Ladder
@@ -44,8 +45,7 @@ class HeldOut:
         """KL(exact || model) and perplexity."""
         kl, losses = [], []
         for index, (log_p, target) in enumerate(self._predictions(model)):
-            true = self._log_p[index].astype(np.float64)
-            kl.append(float(np.dot(np.exp(true), true - log_p)))
+            kl.append(kl_divergence(self._log_p[index].astype(np.float64), log_p))
             losses.append(-float(log_p[target]))
         return Measured(
             kl=float(np.mean(kl)),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from isotherm.errors import OptionError
 from isotherm.evaluation.multiple_choice import Item, multiple_choice
 from isotherm.evaluation.windows import cut_windows
 from isotherm.load_options import Budget
@@ -18,8 +19,9 @@ from isotherm.quality.calibration import (
     neutral_trims,
 )
 from isotherm.quality.choice import Choice, LayerTrims, Measured, check_tunable
-from isotherm.quality.rules import Rule
+from isotherm.quality.rules import Rule, rules_for
 from isotherm.quality.search import Candidate, HeldOut, Load, best_rung, fastest, gains, timed
+from isotherm.sparsity.stored_weights import stored_bytes
 
 WINDOW_TOKENS = 512
 _CALIBRATION_WINDOWS = 8
@@ -51,16 +53,17 @@ def tune(
 ) -> Tuned:
     """recorded, tensors: of the model's file. `notify` hears of each step.
 
-    Raises OptionError for a mixture of experts, and what loading and evaluating raise.
+    Raises OptionError for a mixture of experts and rules of which the model can have none, and what loading and
+    evaluating raise.
     """
     check_tunable(recorded, str(plan.budget))
     with load(neutral_trims(recorded)) as model:
         windows = cut_windows(model, plan.text, WINDOW_TOKENS, _CALIBRATION_WINDOWS)
         notify(f"calibrating on {len(windows)} windows of {WINDOW_TOKENS} tokens")
         samples = collect(model, [window.token_ids for window in windows])
-        num_layers = len(samples)
+        num_layers, rules = len(samples), _possible(plan.rules, rules_for(samples[0]), notify)
         calibrated = calibrate(
-            model, tensors, samples, plan.rules, lambda i: notify(f"layer {i + 1} of {num_layers}: errors of all rules")
+            model, tensors, samples, rules, lambda i: notify(f"layer {i + 1} of {num_layers}: errors of all rules")
         )
     timed_ids = windows[0].token_ids[:_TIMED_TOKENS]
     ladders = _ladders(calibrated, load, timed_ids, notify)
@@ -72,6 +75,17 @@ def tune(
     candidates = [with_skipped(candidate, recorded, tensors) for candidate in candidates]
     candidates = timed(candidates, load, timed_ids, lambda rule, rate: notify(f"{_name(rule)}: {rate:.1f} tokens/s"))
     return Tuned(_choice(plan, load, candidates), tuple(candidates))
+
+
+def _possible(wanted: Sequence[Rule], known: Sequence[Rule], notify: Callable[[str], None]) -> list[Rule]:
+    """Those of the wanted rules that the model can have."""
+    names = ", ".join(rule.value for rule in wanted if rule not in known)
+    if names and not set(wanted) & set(known):
+        possible = ", ".join(rule.value for rule in known)
+        raise OptionError(f"{names}: the FFNs of this model have no gate; rules for it are {possible}")
+    if names:
+        notify(f"left out, for the FFNs of this model have no gate: {names}")
+    return [rule for rule in wanted if rule in known]
 
 
 def _ladders(
@@ -133,14 +147,9 @@ def _accuracy(load: Load, layers: Sequence[LayerTrims] | None, items: Sequence[I
 
 def with_skipped(candidate: Candidate, recorded: Program, tensors: Mapping[str, WeightTensor]) -> Candidate:
     """With the share of the model's weight bytes that is left out, as the file stores them."""
-    total_bytes = sum(_num_bytes(tensor) for tensor in tensors.values())
+    total_bytes = sum(stored_bytes(tensor) for tensor in tensors.values())
     skipped_bytes = 0.0
     for op, share in zip(recorded.ffns, candidate.shares, strict=True):
         weights = (op.up, op.down) if candidate.rule.is_of_gate else (op.down,)
-        skipped_bytes += share * sum(_num_bytes(tensors[name]) for name in weights)
+        skipped_bytes += share * sum(stored_bytes(tensors[name]) for name in weights)
     return replace(candidate, measured=replace(candidate.measured, skipped=skipped_bytes / total_bytes))
-
-
-def _num_bytes(tensor: WeightTensor) -> int:
-    rows, columns = tensor.shape
-    return rows * tensor.quant_type.row_bytes(columns)

@@ -182,7 +182,7 @@ def with_predictors(
             f"{path} has {len(predictors.layers)} of {training.num_layers} layers; run the `isotherm train-predictor` "
             "that began it once more, which goes on there"
         )
-    num_ffns = sum(isinstance(op, ops.Ffn) for op in program.ops)
+    num_ffns = len(program.ffns)
     if num_ffns != training.num_layers:
         raise StatsFileError(f"{path} has {training.num_layers} layers, the model {num_ffns} FFNs; {way_out}")
     layers = iter(predictors.layers)

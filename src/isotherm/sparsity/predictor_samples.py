@@ -10,8 +10,8 @@ from isotherm.backends.reference import contract
 from isotherm.errors import ModelFileError
 from isotherm.program.backend import WeightTensor
 from isotherm.program.ops import NormWeights, Value
-from isotherm.quantization.layouts import dequantise
 from isotherm.sparsity.profile import FfnLayer
+from isotherm.sparsity.stored_weights import float_vector
 from isotherm.text import TextGenerator
 
 F32 = NDArray[np.float32]
@@ -86,7 +86,7 @@ def collect(
         readers.setdefault(layer.x, []).append(index)
     hidden = {layer.hidden: index for index, layer in enumerate(layers)}
     num_seen: dict[Value, int] = {}
-    vectors = {name: _vector(tensors[name]) for layer in layers for name in _names(layer.norm)}
+    vectors = {name: float_vector(tensors[name]) for layer in layers for name in _names(layer.norm)}
 
     def look(value: Value, rows: F32) -> None:
         first = num_seen.get(value, 0)
@@ -117,11 +117,6 @@ def _empty(layer: FfnLayer, num_tokens: int) -> LayerSamples:
 
 def _names(norm: NormWeights | None) -> list[str]:
     return [] if norm is None else [name for name in (norm.weight, norm.bias) if name is not None]
-
-
-def _vector(tensor: WeightTensor) -> F32:
-    row: F32 = dequantise(tensor.read(), tensor.quant_type, tensor.shape[1])[0]
-    return row
 
 
 def _normed(rows: F32, norm: NormWeights | None, vectors: Mapping[str, F32]) -> F32:

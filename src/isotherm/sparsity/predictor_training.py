@@ -30,6 +30,7 @@ from isotherm.sparsity.predictor import (
 )
 from isotherm.sparsity.predictor_samples import LayerSamples, collect, quantised, sample_bytes, widened
 from isotherm.sparsity.profile import FfnLayer, ffn_layers
+from isotherm.sparsity.stored_weights import stored_bytes
 from isotherm.sparsity.summary import hot_share
 from isotherm.text import TextGenerator
 
@@ -315,7 +316,7 @@ class PredictorTrainer:
 
     def _bytes(self, layer: FfnLayer, name: str) -> int:
         tensor = self._tensors.get(f"{layer.down.rpartition('.')[0]}.{name}")
-        return 0 if tensor is None else tensor.shape[0] * tensor.quant_type.row_bytes(tensor.shape[1])
+        return 0 if tensor is None else stored_bytes(tensor)
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
 from isotherm.program.ops import NormWeights, Value
 from isotherm.program.recorder import Program
-from isotherm.quantization.layouts import dequantise
 from isotherm.sparsity.neuron_stats import LayerStats, NeuronStats, Profiled, empty_layer, histogram
+from isotherm.sparsity.stored_weights import float_slabs, float_vector
 from isotherm.text import TextGenerator
 from isotherm.types import Activation
 
 F32 = NDArray[np.float32]
 
 _MAX_SAMPLES = 2048  # tokens whose firing is kept neuron by neuron
-_READ_ROWS = 256  # of down at once
 
 
 @dataclass(frozen=True)
@@ -142,17 +141,14 @@ class Profiler:
 
     def _vector(self, name: str) -> F32:
         if name not in self._vectors:
-            tensor = self._tensors[name]
-            self._vectors[name] = dequantise(tensor.read(), tensor.quant_type, tensor.shape[1])[0]
+            self._vectors[name] = float_vector(self._tensors[name])
         return self._vectors[name]
 
     def _down_norm(self, name: str) -> F32:
         tensor = self._tensors[name]
-        rows, columns = tensor.shape
-        total = np.zeros(columns, np.float64)
-        for start in range(0, rows, _READ_ROWS):
-            raw = tensor.read(start, min(rows, start + _READ_ROWS))
-            total += np.square(dequantise(raw, tensor.quant_type, columns), dtype=np.float64).sum(axis=0)
+        total = np.zeros(tensor.shape[1], np.float64)
+        for slab in float_slabs(tensor):
+            total += np.square(slab, dtype=np.float64).sum(axis=0)
         return np.sqrt(total).astype(np.float32)
 
 
