@@ -19,11 +19,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peers import RESULTS, commit
 
 import isotherm
 from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.probe import measure, physical_cores
+from isotherm.program import ops
 from isotherm.sparsity.predictor import load_predictors
 from isotherm.sparsity.predictor_samples import collect
 from isotherm.sparsity.predictor_training import measure as measure_predictor
@@ -37,7 +39,12 @@ _MEASURED_TOKENS = 512  # of a text, that tell what a predictor predicts
 
 
 def active_share(model: TextGenerator, path: Path) -> float:
-    """Mean share of neurons that fire for the prompt's tokens."""
+    """Mean share of neurons that fire for the prompt's tokens, of experts those that are chosen."""
+    gates = {op.gated for op in model.program.ops if isinstance(op, ops.SparseExpertUp)}
+    if gates:
+        shares: list[float] = []
+        model.observe(_PROMPT, gates, lambda _, rows: shares.append(float(np.mean(rows > 0))))
+        return statistics.mean(shares)
     with open_checkpoint(path) as checkpoint:
         profiler = Profiler(model, checkpoint.tensors, checkpoint.identity)
         return summarise(profile(profiler, profiler.start([_PROMPT]), [_PROMPT], lambda _: None)).active
@@ -71,7 +78,7 @@ def decode_rate(model: TextGenerator, num_tokens: int, batch: int) -> float:
         waiting = set(range(batch))
         while waiting:
             model.step()
-            waiting -= {i for i in waiting if streams[i].poll()}
+            waiting -= {i for i, stream in enumerate(streams) if stream.poll()}  # and what the others chose meanwhile
         started, num_chosen = time.perf_counter(), 0
         for _ in range(num_tokens):
             model.step()

@@ -1,9 +1,10 @@
-"""Writes a GGUF of random weights, shaped like a llama, Mixtral, Qwen3-MoE or falcon: right for speed and memory, never
-for quality.
+"""Writes a GGUF of random weights, shaped like a llama, Mixtral, Qwen3-MoE, opt or falcon: right for speed and memory,
+never for quality.
 
     python benchmarks/synthetic.py --shape 7b --type Q4_0 7b.gguf
     python benchmarks/synthetic.py --shape mixtral --type Q4_K --layers 8 mixtral.gguf
     python benchmarks/synthetic.py --shape 7b --type Q4_0 --activation relu --active 0.1 relu-7b.gguf
+    python benchmarks/synthetic.py --shape mixtral --layers 4 --activation drelu --active 0.05 turbosparse.gguf
 
 Needs the `gguf` package. Weights are streamed, so that a file may be larger than memory. The tokenizer is byte-level
 BPE with a token for each byte, so that it takes any text; SentencePiece is not read by every peer.
@@ -19,6 +20,7 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from planted import Planted, plant, planted_embedding, planted_vector, put_half
 
 _STEP_BYTES = 64 << 20  # of a tensor made at once
 
@@ -35,7 +37,7 @@ class Shape:
     num_experts: int = 0  # ffn_size is that of one of them
     num_experts_used: int = 0
     wide_head_dim: int | None = None  # where heads do not fill the hidden size
-    family: str = "llama"  # or qwen3moe; or falcon, like the 7B: one norm a layer
+    family: str = "llama"  # or qwen3moe, or opt; or falcon, like the 7B: one norm a layer
 
     @property
     def head_dim(self) -> int:
@@ -48,44 +50,16 @@ SHAPES = {
     "3b": Shape(28, 3072, 8192, 24, 8),
     "7b": Shape(32, 4096, 11008, 32, 32),
     "13b": Shape(40, 5120, 13824, 40, 40),
+    "bamboo-7b": Shape(32, 4096, 14336, 32, 8),  # with --activation drelu
     "tiny-mixtral": Shape(2, 256, 512, 4, 2, vocab_size=512, context_tokens=512, num_experts=4, num_experts_used=2),
     "mixtral": Shape(32, 4096, 14336, 32, 8, num_experts=8, num_experts_used=2),  # 8x7B
     "tiny-qwen3moe": Shape(2, 256, 256, 4, 2, 512, 512, 16, 4, wide_head_dim=128, family="qwen3moe"),
     "qwen3-30b-a3b": Shape(48, 2048, 768, 32, 4, 151936, 40960, 128, 8, wide_head_dim=128, family="qwen3moe"),
+    "opt-tiny": Shape(2, 256, 1024, 4, 4, vocab_size=512, context_tokens=512, family="opt"),
+    "opt-6.7b": Shape(32, 4096, 16384, 32, 32, vocab_size=50272, context_tokens=2048, family="opt"),
     "falcon-tiny": Shape(2, 256, 1024, 4, 1, vocab_size=512, context_tokens=512, family="falcon"),
     "falcon-7b": Shape(32, 4544, 18176, 71, 1, vocab_size=65024, context_tokens=2048, family="falcon"),
 }
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Neurons that fire by a power law. One channel of the residual is the same for all tokens and layers; each gate's
-    weight on it sets how often the neuron fires. In Q4_0 such a weight has 16 values, so that there are 16 rates.
-
-    active: mean share of neurons that fire for a token. common: share of the variance of embeddings that all tokens
-    have in common, so that neighbours fire the same neurons beyond what the rates give.
-    """
-
-    activation: str
-    active: float
-    common: float = 0.3
-
-    @property
-    def bias_step(self) -> float:
-        """Between two neighbouring weights, in deviations of the gate."""
-        return 0.455
-
-    def codes(self, num_neurons: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """The 4-bit code of each neuron's weight on the constant channel: rates fall as a power of the rank."""
-        levels = np.array([0.5 * math.erfc((8 - code) * self.bias_step / math.sqrt(2)) for code in range(16)])
-        ranks = np.arange(1, num_neurons + 1) / num_neurons
-        low, high = 0.0, 1e3
-        for _ in range(60):  # the factor that gives the mean, each rate cut at the highest there is
-            factor = (low + high) / 2
-            rates = np.clip(factor * self.active * ranks**-0.8, levels[0], levels[-1])
-            low, high = (factor, high) if rates.mean() < self.active else (low, factor)
-        nearest = np.abs(np.log(rates[:, None]) - np.log(levels)).argmin(axis=1)
-        return rng.permutation(nearest).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -121,13 +95,13 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
 
     planted: in Q4_0 only; embeddings are F16 then, as their constant channel is large.
     """
-    assert planted is None or (type_name == "Q4_0" and not shape.num_experts)
+    assert planted is None or type_name == "Q4_0"
     quant_type = gguf.GGMLQuantizationType[type_name]
     _, block_bytes = gguf.GGML_QUANT_SIZES[quant_type]
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, shape.family)
     _add_metadata(writer, shape, type_name)
-    if planted:
+    if planted and shape.family != "opt":  # whose activation is a ReLU
         writer.add_string("isotherm.activation", planted.activation)
     _add_vocabulary(writer, shape.vocab_size)
     tensors = _tensors(shape)
@@ -150,16 +124,19 @@ def write_synthetic(path: Path, shape: Shape, type_name: str, seed: int = 0, pla
         file.write(bytes(-file.tell() % alignment))
         for name, dims in tensors.items():
             if planted and name == "token_embd.weight":
-                pieces: Iterator[NDArray[Any]] = _planted_embedding(planted, dims, rng)
+                pieces: Iterator[NDArray[Any]] = planted_embedding(planted, dims, rng, is_gated=shape.family != "opt")
             elif len(dims) == 1:
-                pieces = _vector(name, dims[0], planted)
+                plain = np.full(dims[0], 0 if name.endswith(".bias") else 1, np.float32)
+                pieces = iter([planted_vector(name, dims[0], planted) if planted else plain])
             elif _is_router(name):
-                pieces = iter([rng.standard_normal(dims, np.float32) / np.float32(math.sqrt(dims[1]))])
+                router = rng.standard_normal(dims, np.float32) / np.float32(math.sqrt(dims[1]))
+                router[:, 0] *= planted is None  # the constant channel would choose the same experts for all tokens
+                pieces = iter([router])
             else:
                 pieces = _matrix(type_name, block_bytes, quant_type, dims, rng)
             for start, piece in _numbered(pieces):
                 if planted and piece.dtype == np.uint8:
-                    _plant(name, dims, piece, start, planted)
+                    plant(name, dims, piece, start, planted)
                 piece.tofile(file)
             file.write(bytes(-file.tell() % alignment))
 
@@ -190,7 +167,13 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
         layer = {"attn_norm.bias": (hidden,), **{name: layer[name] for name in kept}}
         layer["attn_qkv.weight"] = (q_rows + 2 * kv_rows, hidden)
         last["output_norm.bias"] = (hidden,)
+    if shape.family == "opt":
+        del layer["ffn_gate.weight"]
+        layer |= {name.replace(".weight", ".bias"): dims[:1] for name, dims in layer.items()}
+        last["output_norm.bias"] = (hidden,)
     tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.vocab_size, hidden)}
+    if shape.family == "opt":
+        tensors["position_embd.weight"] = (shape.context_tokens + 2, hidden)
     for index in range(shape.num_layers):
         tensors |= {f"blk.{index}.{name}": dims for name, dims in layer.items()}
     return tensors | last
@@ -200,59 +183,12 @@ def _is_router(name: str) -> bool:
     return name.endswith("ffn_gate_inp.weight")
 
 
-def _vector(name: str, size: int, planted: Planted | None) -> Iterator[NDArray[np.float32]]:
-    """Norms; their biases are 0. Planted ones keep attention small, and channel 0 as large before the gates as
-    `Planted.bias_step` says.
-    """
-    values = np.full(size, 0 if name.endswith(".bias") else 1, np.float32)
-    if planted and name.endswith("attn_norm.weight"):
-        values *= 0.1
-    if planted and name.endswith("ffn_norm.weight"):
-        # in units of a gate's deviation, a code more on channel 0 counts as much as the scale of weights of deviation 1
-        values[0] = planted.bias_step / SCALES["Q4_0"].scale
-    yield values
-
-
-def _planted_embedding(
-    planted: Planted, dims: tuple[int, ...], rng: np.random.Generator
-) -> Iterator[NDArray[np.float16]]:
-    shared = rng.standard_normal(dims[1], np.float32)
-    for start in range(0, dims[0], 1024):
-        own = rng.standard_normal((min(1024, dims[0] - start), dims[1]), np.float32)
-        rows = math.sqrt(planted.common) * shared + math.sqrt(1 - planted.common) * own
-        rows[:, 0] = math.sqrt(dims[1])
-        yield rows.astype(np.float16)
-
-
 def _numbered(pieces: Iterator[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
     """Each piece with the number of rows, or blocks, before it."""
     start = 0
     for piece in pieces:
         yield start, piece
         start += len(piece)
-
-
-def _plant(name: str, dims: tuple[int, ...], blocks: NDArray[np.uint8], start: int, planted: Planted) -> None:
-    """Blocks of Q4_0 from `start` on: the gates' weights on channel 0; what is added to the residual is little, and
-    nothing on channel 0. Half of the scales are negative: codes have a mean, which would add up where neurons only add.
-    """
-    row_blocks = dims[1] // 32
-    rng = np.random.default_rng((hash_of(name), start))
-    if name.endswith(("attn_output.weight", "ffn_down.weight")):
-        _put_half(blocks, 0, 0.1 * SCALES["Q4_0"].scale / math.sqrt(dims[1]))
-        blocks[: max(0, row_blocks - start), 0:2] = 0  # row 0
-    blocks[:, 1] ^= (rng.random(len(blocks)) < 0.5).astype(np.uint8) << 7
-    if name.endswith("ffn_gate.weight"):
-        codes = planted.codes(dims[0], np.random.default_rng(hash_of(name)))
-        first = -(-start // row_blocks)
-        rows = np.arange(first, min(dims[0], -(-(start + len(blocks)) // row_blocks)))
-        at = rows * row_blocks - start
-        blocks[at, 1] &= 0x7F
-        blocks[at, 2] = (blocks[at, 2] & 0xF0) | codes[rows]
-
-
-def hash_of(name: str) -> int:
-    return int.from_bytes(name.encode()[-16:], "little") % (2**63)
 
 
 def _matrix(
@@ -270,14 +206,10 @@ def _matrix(
     for start in range(0, num_blocks, step):
         count = min(step, num_blocks - start)
         blocks = np.frombuffer(rng.bytes(count * block_bytes), np.uint8).reshape(count, block_bytes).copy()
-        _put_half(blocks, fields.offset, fields.scale * deviation)
+        put_half(blocks, fields.offset, fields.scale * deviation)
         if fields.minimum_offset is not None:
-            _put_half(blocks, fields.minimum_offset, fields.minimum * deviation)
+            put_half(blocks, fields.minimum_offset, fields.minimum * deviation)
         yield blocks
-
-
-def _put_half(blocks: NDArray[np.uint8], offset: int, value: float) -> None:
-    blocks[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
 
 
 def _row_bytes(quant_type: gguf.GGMLQuantizationType, num_columns: int) -> int:
@@ -298,7 +230,7 @@ def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(10000.0)
-    if shape.family == "falcon":
+    if shape.family in ("falcon", "opt"):
         writer.add_layer_norm_eps(1e-5)
     else:
         writer.add_layer_norm_rms_eps(1e-5)
@@ -361,8 +293,8 @@ def main() -> None:
     planted = Planted(options.activation, options.active) if options.activation else None
     if planted and options.type_name != "Q4_0":
         parser.error("--activation is for --type Q4_0")
-    if planted and (shape.family != "llama" or shape.num_experts):
-        parser.error("--activation is for shapes of llamas without experts: it plants by the gate")
+    if planted and (shape.family not in ("llama", "opt") or (shape.family == "opt" and planted.activation != "relu")):
+        parser.error("--activation is for shapes of llamas; relu for those of opt too")
     write_synthetic(options.path, shape, options.type_name, options.seed, planted)
     print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
 

@@ -269,6 +269,8 @@ void bind_executor(nb::module_& m) {
       .def("down", &ProgramBuilder::down)
       .def("route", &ProgramBuilder::route)
       .def("expert_glu", &ProgramBuilder::expert_glu)
+      .def("expert_gate", &ProgramBuilder::expert_gate)
+      .def("expert_up", &ProgramBuilder::expert_up)
       .def("expert_down", &ProgramBuilder::expert_down)
       .def("attention", &ProgramBuilder::attention)
       .def("add_norm", &ProgramBuilder::add_norm)

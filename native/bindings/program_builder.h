@@ -50,6 +50,8 @@ Activation activation_named(const std::string& name) {
   throw std::invalid_argument("activation " + name);
 }
 
+using Form = std::tuple<bool, bool, bool, bool, int>;  // as NeuronForm has it
+
 // A norm by index of its vector, or none.
 struct NormRef {
   int vector = -1;
@@ -140,9 +142,8 @@ class ProgramBuilder {
     const Matrix& m = matrices_.at(matrix);
     require(!m.is_pair && m.columns == width(x) && m.rows == width(out) && width(gate) == m.rows, "up: shapes");
     const Activation named = activation_named(activation);
-    const bool fires_below_zero = named == Activation::kSilu || named == Activation::kGeluTanh;
     program_.steps.push_back(
-        UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows), named, fires_below_zero, out});
+        UpStep{x, norm(norm_ref, width(x)), gate, m, row_matrix(m, rows), named, fires_below_zero(named), out});
     arrays_.push_back(nb::cast(rows));
   }
 
@@ -166,26 +167,10 @@ class ProgramBuilder {
   }
 
   // neurons: codes of each column, then scales, then minima; form: as NeuronForm.
-  void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons,
-            const std::tuple<bool, bool, bool, bool, int>& form) {
+  void down(int x, const std::tuple<int, int, int>& projection, int residual, Bytes neurons, const Form& form) {
     LinearStep linear = linear_step(x, {}, {projection}, residual, "");
     const Matrix& m = linear.projections[0].weight;
-    const auto [is_nibble, is_half, has_minimum, is_halved, zero_point] = form;
-    require(!is_halved || !is_half, "down: scales of halves are float32");
-    const int outputs = (m.rows + 127) / 128 * 128, blocks = (m.columns + kBlockColumns - 1) / kBlockColumns;
-    const size_t row_bytes = static_cast<size_t>(is_nibble ? outputs / 2 : outputs),
-                 block_bytes = static_cast<size_t>(outputs) * (is_half ? 2 : 4) * (is_halved ? 2 : 1),
-                 code_bytes = row_bytes * static_cast<size_t>(m.columns),
-                 plane_bytes = block_bytes * static_cast<size_t>(blocks);
-    require(neurons.size() == code_bytes + plane_bytes * (has_minimum ? 2 : 1), "down: neurons");
-    const uint8_t* scales = neurons.data() + code_bytes;
-    const NeuronMatrix matrix{{is_nibble, is_half, has_minimum, is_halved, zero_point},
-                              neurons.data(),
-                              scales,
-                              scales + plane_bytes,
-                              row_bytes,
-                              block_bytes,
-                              outputs};
+    const NeuronMatrix matrix = neuron_matrix(m.rows, m.columns, 1, neurons, form);
     program_.steps.push_back(DownStep{std::move(linear), matrix});
     arrays_.push_back(nb::cast(neurons));
   }
@@ -205,14 +190,42 @@ class ProgramBuilder {
     program_.steps.push_back(ExpertGluStep{input, m, activation_named(activation), out});
   }
 
-  void expert_down(int x, int routes, int matrix, int residual, int out) {
+  void expert_gate(int x, NormRef norm_ref, int routes, int matrix, int out) {
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, false, norm_ref, routes, m);
+    require_panels(input, m, x, out);
+    program_.steps.push_back(ExpertGateStep{input, m, out});
+  }
+
+  // As `up`, of the experts of each row.
+  void expert_up(const std::tuple<int, NormRef, int>& from, int gate, int matrix, Bytes rows,
+                 const std::string& activation, int out) {
+    const auto& [x, norm_ref, routes] = from;
+    const Matrix& m = matrices_.at(matrix);
+    const ExpertInput input = expert_input(x, false, norm_ref, routes, m);
+    require_panels(input, m, x, out);
+    require(width(gate) == width(out), "expert_up: gate");
+    const RowMatrix matrix_rows = row_matrix(m, rows);
+    require(matrix_rows.row_bytes > 0, "expert_up: rows");
+    program_.steps.push_back(ExpertUpStep{input, gate, m, matrix_rows, activation_named(activation),
+                                          fires_below_zero(activation_named(activation)), out});
+    arrays_.push_back(nb::cast(rows));
+  }
+
+  // neurons and form: as of `down`, expert after expert; none: every neuron is computed.
+  void expert_down(int x, int routes, int matrix, int residual, Bytes neurons, const Form& form, int out) {
     const Matrix& m = matrices_.at(matrix);
     const ExpertInput input = expert_input(x, true, {}, routes, m);
     require(!m.is_pair && width(x) == input.num_used * m.columns && m.rows / input.num_experts == width(out),
             "expert_down: shapes");
     require(width(out) % kPanelRows == 0, "expert_down: whole panels");
     require(residual < 0 || width(residual) == width(out), "expert_down: residual");
-    program_.steps.push_back(ExpertDownStep{input, m, residual, out});
+    NeuronMatrix first{};
+    const size_t num_experts = static_cast<size_t>(input.num_experts);
+    if (neurons.size()) first = neuron_matrix(width(out), m.columns, num_experts, neurons, form);
+    require(!first.outputs || first.outputs == width(out), "expert_down: whole lines");
+    program_.steps.push_back(ExpertDownStep{input, m, first, neurons.size() / num_experts, residual, out});
+    arrays_.push_back(nb::cast(neurons));
   }
 
   void attention(const AttentionSpec& s) {
@@ -260,6 +273,36 @@ class ProgramBuilder {
     const Matrix& m = matrices_.at(matrix);
     require(m.is_pair && m.columns == width(x) && m.rows == width(out), "glu: shapes");
     return {x, norm(norm_ref, width(x)), m, activation_named(activation), out};
+  }
+
+  static bool fires_below_zero(Activation activation) {
+    return activation == Activation::kSilu || activation == Activation::kGeluTanh;
+  }
+
+  void require_panels(const ExpertInput& input, const Matrix& m, int x, int out) const {
+    const int ffn_size = m.rows / input.num_experts;
+    require(!m.is_pair && m.columns == width(x) && width(out) == input.num_used * ffn_size, "experts: shapes");
+    require(ffn_size % kPanelRows == 0, "experts: whole panels");
+  }
+
+  // The columns of the first of `count` matrices of one shape.
+  static NeuronMatrix neuron_matrix(int rows, int columns, size_t count, const Bytes& neurons, const Form& form) {
+    const auto [is_nibble, is_half, has_minimum, is_halved, zero_point] = form;
+    require(!is_halved || !is_half, "down: scales of halves are float32");
+    const int outputs = (rows + 127) / 128 * 128, blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+    const size_t row_bytes = static_cast<size_t>(is_nibble ? outputs / 2 : outputs),
+                 block_bytes = static_cast<size_t>(outputs) * (is_half ? 2 : 4) * (is_halved ? 2 : 1),
+                 code_bytes = row_bytes * static_cast<size_t>(columns),
+                 plane_bytes = block_bytes * static_cast<size_t>(blocks);
+    require(neurons.size() == count * (code_bytes + plane_bytes * (has_minimum ? 2 : 1)), "down: neurons");
+    const uint8_t* scales = neurons.data() + code_bytes;
+    return {{is_nibble, is_half, has_minimum, is_halved, zero_point},
+            neurons.data(),
+            scales,
+            scales + plane_bytes,
+            row_bytes,
+            block_bytes,
+            outputs};
   }
 
   // Every row of a matrix in one piece, or none.

@@ -41,7 +41,7 @@ void mix(const MixArgs& args) {
   for (int i = 0; i < kPanelRows; i += kTileRows) {
     F y = splat(0.0f);
     for (int rank = 0; rank < args.num_used; rank++)
-      y = fma(load(args.totals + static_cast<size_t>(args.places[rank]) * kPanelRows + i), splat(args.weights[rank]),
+      y = fma(load(args.totals + static_cast<size_t>(args.places[rank]) * args.stride + i), splat(args.weights[rank]),
               y);
     if (args.residual) y = load(args.residual + i) + y;
     store(args.out + i, y);

@@ -123,7 +123,8 @@ struct TrimArgs {
 // What the experts of a row say, 32 columns of it: out = sum over ranks of weights[rank] * totals[places[rank]], then
 // residual +.
 struct MixArgs {
-  const float* totals;  // [][32]
+  const float* totals;
+  size_t stride;  // floats from one place to the next
   const int32_t* places;
   const float* weights;
   int num_used;

@@ -76,9 +76,10 @@ QuantRows Executor::make_rows(size_t elements, const InputNeeds& needs) {
 
 // Sizes of scratch follow from the steps: the widest input, the widest head, whether a weight is stored as floats.
 void Executor::measure() {
-  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 1, outputs = 1;
-  size_t members = 0, places = 0, experts = 0, few_elements = 0, many_elements = 0;
+  int columns = 64, head_dim = 16, tile_rows = 1, neurons = 1;
+  size_t members = 0, places = 0, experts = 0, few_elements = 0, many_elements = 0, listed = 0, sums = 1;
   const size_t rows = static_cast<size_t>(std::max(program_.max_tokens, program_.max_head_rows));
+  const size_t few_rows = static_cast<size_t>(kernels_.few_rows);
   InputNeeds needs;
   const auto look = [&](const Matrix& m) {
     columns = std::max(columns, m.padded_columns());
@@ -98,7 +99,7 @@ void Executor::measure() {
     }
     if (const auto* down = std::get_if<DownStep>(&step)) {
       look(down->linear.projections[0].weight);
-      outputs = std::max(outputs, down->neurons.outputs);
+      sums = std::max(sums, few_rows * static_cast<size_t>(down->neurons.outputs));
     }
     const auto look_at_experts = [&](const ExpertInput& input, const Matrix& m) {
       look(m);
@@ -109,7 +110,16 @@ void Executor::measure() {
       many_elements = std::max(many_elements, places * m.padded_columns());
     };
     if (const auto* glu = std::get_if<ExpertGluStep>(&step)) look_at_experts(glu->input, glu->weight);
-    if (const auto* down = std::get_if<ExpertDownStep>(&step)) look_at_experts(down->input, down->weight);
+    if (const auto* gate = std::get_if<ExpertGateStep>(&step)) look_at_experts(gate->input, gate->weight);
+    if (const auto* up = std::get_if<ExpertUpStep>(&step)) {
+      look_at_experts(up->input, up->weight);
+      neurons = std::max(neurons, up->ffn_size());
+      listed = std::max(listed, std::min(experts, few_rows * up->input.num_used) * static_cast<size_t>(up->ffn_size()));
+    }
+    if (const auto* down = std::get_if<ExpertDownStep>(&step)) {
+      look_at_experts(down->input, down->weight);
+      sums = std::max(sums, few_rows * static_cast<size_t>(down->input.num_used * down->neurons.outputs));
+    }
     if (const auto* attention = std::get_if<AttentionStep>(&step)) {
       head_dim = std::max(head_dim, attention->head_dim);
       tile_rows = std::max(tile_rows, tile_tokens(*attention) * (attention->num_heads / attention->num_kv_heads));
@@ -130,8 +140,8 @@ void Executor::measure() {
     worker.totals = allocate<float>(std::max(rows, places) * kPanelRows);
     worker.attend = allocate<float>(attend_scratch_floats(tile_rows, head_dim));
     worker.fires = allocate<uint8_t>(static_cast<size_t>(neurons));
-    worker.ids = allocate<int32_t>(static_cast<size_t>(neurons) + 1);
-    worker.sums = allocate<float>(static_cast<size_t>(kernels_.few_rows) * static_cast<size_t>(outputs));
+    worker.ids = allocate<int32_t>(std::max(listed, static_cast<size_t>(neurons)) + 1);
+    worker.sums = allocate<float>(sums);
     worker.groups = {allocate<ExpertGroup>(std::min(members, experts)), 0, allocate<int32_t>(members),
                      allocate<int32_t>(places), allocate<int32_t>(experts)};
   }

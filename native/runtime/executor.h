@@ -50,6 +50,10 @@ struct ExpertGroups {
   int32_t* by_expert;  // its group
 };
 
+struct Range {
+  int first, last;
+};
+
 class Executor {
  public:
   Executor(NativeProgram program, const KernelTable& kernels, int num_threads);
@@ -72,8 +76,8 @@ class Executor {
   bool observe(const BatchView& batch, const std::vector<Stop>& stops, const Look& look,
                const std::function<bool()>& poll);
 
-  // How many neurons of an UpStep, PredictedStep or DownStep may fire, in any of so many rows, that those are computed
-  // alone; at first 0. Nothing is set where there are no weights by neuron.
+  // How many neurons of an UpStep, PredictedStep or DownStep, or of as many experts as a row uses, may fire, in any of
+  // so many rows, that those are computed alone; at first 0. Nothing is set where there are no weights by neuron.
   void set_most_active(size_t step, int num_rows, int most_active);
 
   // Seconds of such a step in which `num_active` neurons fire, and are computed alone or with all others.
@@ -108,7 +112,7 @@ class Executor {
     float* attend = nullptr;
     uint8_t* fires = nullptr;  // by neuron
     int32_t* ids = nullptr;    // of neurons that fire
-    float* sums = nullptr;     // of down, row by row
+    float* sums = nullptr;     // of down, row by row, or of experts place by place
     ExpertGroups groups{};
   };
   struct alignas(64) Counter {
@@ -147,6 +151,8 @@ class Executor {
   bool run_step(const DownStep& step, size_t index, int thread);
   bool run_step(const RouteStep& step, size_t index, int thread);
   bool run_step(const ExpertGluStep& step, size_t index, int thread);
+  bool run_step(const ExpertGateStep& step, size_t index, int thread);
+  bool run_step(const ExpertUpStep& step, size_t index, int thread);
   bool run_step(const ExpertDownStep& step, size_t index, int thread);
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
@@ -168,7 +174,11 @@ class Executor {
                        int thread, const Finish& finish);
   int most_active(size_t step, int num_rows) const { return most_active_[step][static_cast<size_t>(num_rows - 1)]; }
   int find_firing(const UpStep& step, int num_rows, int thread);
+  void finish_firing(const int32_t* ids, int first_id, int count, const float* totals, Activation activation,
+                     const float* gate, float* out);
+  void finish_up(int count, const float* totals, Activation activation, const float* gate, float* out);
   void down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread);
+  void add_blocks(const NeuronMatrix& n, const QuantRows& x, int num_rows, Range outputs, float* sums);
   int expert_of(const ExpertInput& input, int row, int rank) const {
     return static_cast<int>(buffers_[input.routes].row(row)[rank]);
   }
@@ -176,6 +186,19 @@ class Executor {
   bool gather(const ExpertInput& input, const Matrix& w, size_t index, int thread, QuantRows& rows);
   void multiply_group(const Matrix& w, int num_experts, const ExpertGroup& group, int panel, const QuantRows& rows,
                       float* totals);
+  float* of_member(int buffer, int member, int num_used, int width) const {
+    return buffers_[buffer].row(member / num_used) + member % num_used * width;
+  }
+  int find_firing(const ExpertUpStep& step, int thread);
+  void up_of_experts(const ExpertUpStep& step, const QuantRows& rows, int count, int thread);
+  bool has_few(const ExpertDownStep& step, const QuantRows& rows, size_t index, int thread);
+  void down_of_experts(const ExpertDownStep& step, const QuantRows& rows, size_t index, int thread);
+  // The bound is that of the experts of one row; a batch may use more of them.
+  bool is_few(int count, size_t index, int num_used, int thread) const {
+    return static_cast<int64_t>(count) * num_used <=
+           static_cast<int64_t>(most_active(index, rows_of(index))) * workers_[thread].groups.count;
+  }
+  void mix(const ExpertDownStep& step, const float* totals, size_t stride, int column, size_t index, int thread);
   template <class Panel>
   void each_panel(int count, int num_rows, size_t index, int thread, const Panel& panel);
   void append_tokens(const AttentionStep& step, int thread);

@@ -6,24 +6,6 @@
 #include "panels.h"
 
 namespace isotherm {
-namespace {
-
-// The rows from place `first` on, as an input of their own.
-QuantRows rows_from(QuantRows rows, int first, int bundle_rows) {
-  const size_t at = static_cast<size_t>(first) * rows.columns;
-  rows.bundle_rows = bundle_rows;
-  rows.codes += at;
-  rows.scales += at / kBlockColumns;
-  rows.sums += at / kBlockColumns;
-  if (rows.half_sums) rows.half_sums += at / 16;
-  for (int i = 0; i < kNumStarts; i++)
-    if (rows.starts[i]) rows.starts[i] += at / static_cast<size_t>(kStarts[i].columns);
-  if (rows.values) rows.values += at;
-  return rows;
-}
-
-}  // namespace
-
 bool Executor::run_step(const RouteStep& step, size_t index, int thread) {
   const Range rows = share(rows_of(index), thread, pool_.num_threads());
   for (int i = rows.first; i < rows.last; i++)
@@ -115,7 +97,7 @@ bool Executor::run_step(const ExpertGluStep& step, size_t index, int thread) {
     multiply_group(w, step.input.num_experts, group, panel, rows, totals);
     for (int r = 0; r < group.count; r++) {
       const int member = found.members[group.first + r];
-      float* out = buffers_[step.out].row(member / num_used) + member % num_used * ffn_size;
+      float* out = of_member(step.out, member, num_used, ffn_size);
       kernels_.finish_glu(totals + r * kPanelRows, step.activation, out + panel * kTileRows);
     }
   });
@@ -127,20 +109,30 @@ bool Executor::run_step(const ExpertDownStep& step, size_t index, int thread) {
   const Matrix& w = step.weight;
   QuantRows rows;
   if (gather(step.input, w, index, thread, rows)) return true;
+  if (has_few(step, rows, index, thread)) {
+    down_of_experts(step, rows, index, thread);
+    return false;
+  }
   const ExpertGroups& found = workers_[thread].groups;
-  const int num_rows = rows_of(index), num_used = step.input.num_used;
   float* totals = workers_[thread].totals;
-  each_panel(w.num_panels() / step.input.num_experts, num_rows, index, thread, [&](int panel) {
-    const int column = panel * kPanelRows;
+  each_panel(w.num_panels() / step.input.num_experts, rows_of(index), index, thread, [&](int panel) {
     for (int i = 0; i < found.count; i++)
       multiply_group(w, step.input.num_experts, found.groups[i], panel, rows,
                      totals + static_cast<size_t>(found.groups[i].first) * kPanelRows);
-    for (int r = 0; r < num_rows; r++)
-      kernels_.mix({totals, found.places + r * num_used, buffers_[step.input.routes].row(r) + num_used, num_used,
-                    step.residual < 0 ? nullptr : buffers_[step.residual].row(r) + column,
-                    buffers_[step.out].row(r) + column});
+    mix(step, totals, kPanelRows, panel * kPanelRows, index, thread);
   });
   return false;
+}
+
+// 32 outputs of every row, of what each place has at `totals`.
+void Executor::mix(const ExpertDownStep& step, const float* totals, size_t stride, int column, size_t index,
+                   int thread) {
+  const int num_used = step.input.num_used;
+  for (int r = 0; r < rows_of(index); r++)
+    kernels_.mix({totals, stride, workers_[thread].groups.places + r * num_used,
+                  buffers_[step.input.routes].row(r) + num_used, num_used,
+                  step.residual < 0 ? nullptr : buffers_[step.residual].row(r) + column,
+                  buffers_[step.out].row(r) + column});
 }
 
 }  // namespace isotherm

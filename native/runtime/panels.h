@@ -6,14 +6,32 @@
 
 namespace isotherm {
 
-struct Range {
-  int first, last;
-};
-
 // Share `thread` of `count` items, contiguous: one stream of weights a thread.
 inline Range share(int count, int thread, int num_threads) {
   const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(count) * i / num_threads); };
   return {cut(thread), cut(thread + 1)};
+}
+
+// Outputs of down that a thread takes at once.
+constexpr int kOutputUnit = 128;
+
+inline Range share_outputs(const NeuronMatrix& n, int thread, int num_threads) {
+  const Range units = share(n.outputs / kOutputUnit, thread, num_threads);
+  return {units.first * kOutputUnit, units.last * kOutputUnit};
+}
+
+// The rows from place `first` on, as an input of their own.
+inline QuantRows rows_from(QuantRows rows, int first, int bundle_rows) {
+  const size_t at = static_cast<size_t>(first) * rows.columns;
+  rows.bundle_rows = bundle_rows;
+  rows.codes += at;
+  rows.scales += at / kBlockColumns;
+  rows.sums += at / kBlockColumns;
+  if (rows.half_sums) rows.half_sums += at / 16;
+  for (int i = 0; i < kNumStarts; i++)
+    if (rows.starts[i]) rows.starts[i] += at / static_cast<size_t>(kStarts[i].columns);
+  if (rows.values) rows.values += at;
+  return rows;
 }
 
 // From so many rows on a panel is long work.

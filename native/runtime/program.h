@@ -161,10 +161,32 @@ struct ExpertGluStep {
   int out;
 };
 
+// Gates of the experts of each row, side by side, before their activation.
+struct ExpertGateStep {
+  ExpertInput input;
+  Matrix weight;  // of all experts, each of whole panels
+  int out;
+};
+
+// As an UpStep, of the experts of each row.
+struct ExpertUpStep {
+  ExpertInput input;
+  int gate;
+  Matrix weight;   // of all experts, each of whole panels
+  RowMatrix rows;  // alike
+  Activation activation;
+  bool fires_below_zero;
+  int out;
+
+  int ffn_size() const { return weight.rows / input.num_experts; }
+};
+
 struct ExpertDownStep {
-  ExpertInput input;  // x: hidden values
-  Matrix weight;      // of all experts, each of whole panels
-  int residual;       // buffer, or -1
+  ExpertInput input;     // x: hidden values
+  Matrix weight;         // of all experts, each of whole panels
+  NeuronMatrix neurons;  // of the first expert; without outputs: none
+  size_t expert_bytes;   // from one expert's neurons to those of the next
+  int residual;          // buffer, or -1
   int out;
 };
 
@@ -189,14 +211,17 @@ struct SelectStep {
 };
 
 using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, PredictedStep, UpStep, TrimStep, DownStep,
-                          RouteStep, ExpertGluStep, ExpertDownStep, AttentionStep, AddNormStep, SelectStep>;
+                          RouteStep, ExpertGluStep, ExpertGateStep, ExpertUpStep, ExpertDownStep, AttentionStep,
+                          AddNormStep, SelectStep>;
 
 // Whether it has weights by neuron.
 inline bool has_neurons(const Step& step) {
   const auto* up = std::get_if<UpStep>(&step);
   const auto* predicted = std::get_if<PredictedStep>(&step);
+  const auto* expert_down = std::get_if<ExpertDownStep>(&step);
   return (up && up->rows.row_bytes) || (predicted && predicted->rows.row_bytes) ||
-         std::holds_alternative<DownStep>(step);
+         (expert_down && expert_down->neurons.outputs) || std::holds_alternative<DownStep>(step) ||
+         std::holds_alternative<ExpertUpStep>(step);
 }
 
 // KV pages of one state group: [layer slot][page][kv head], each as table.h has it.

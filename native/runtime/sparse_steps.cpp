@@ -1,80 +1,11 @@
 // Steps that compute the neurons that fire. Every thread finds out for itself which those are: from the same numbers,
 // so that all agree.
-#include <cmath>
 #include <cstring>
 
+#include "firing.h"
 #include "panels.h"
 
 namespace isotherm {
-namespace {
-
-constexpr int kOutputUnit = 128;  // of down that a thread takes
-constexpr int kQuadBytes = 4;
-
-// The neurons of a block whose code is not zero, moved together into quads, each half of the block by itself where
-// halves have scales of their own.
-struct LiveBlock {
-  int ends[2];    // of the quads of each half; of all
-  float sums[2];  // of the codes
-  int32_t ids[kBlockColumns];
-  int8_t codes[kBlockColumns];
-
-  // False: there are none.
-  bool collect(const QuantRows& x, int block, int row, int num_rows, bool is_halved) {
-    constexpr int kBlockQuads = kBlockColumns / kQuadBytes;
-    const int num_parts = is_halved ? 2 : 1, part_quads = kBlockQuads / num_parts;
-    int count = 0;
-    for (int part = 0; part < 2; part++) {
-      int sum = 0;
-      for (int q = part * part_quads; q < std::min(kBlockQuads, (part + 1) * part_quads); q++) {
-        const int first = block * kBlockQuads + q;
-        const int8_t* quad = x.codes + static_cast<size_t>(first * num_rows + row) * kQuadBytes;
-        int32_t all;
-        std::memcpy(&all, quad, sizeof all);
-        if (all == 0) continue;
-        for (int i = 0; i < kQuadBytes; i++)
-          if (quad[i] != 0) {
-            ids[count] = first * kQuadBytes + i;
-            codes[count++] = quad[i];
-            sum += quad[i];
-          }
-      }
-      for (; count % kQuadBytes; count++) {
-        ids[count] = ids[count - 1];
-        codes[count] = 0;
-      }
-      ends[part] = count / kQuadBytes;
-      sums[part] = static_cast<float>(sum);
-    }
-    return count > 0;
-  }
-};
-
-// Neurons whose code is not zero in any row.
-int count_live(const QuantRows& x, int num_rows) {
-  int count = 0;
-  for (int quad = 0; quad < x.columns / kQuadBytes; quad++) {
-    uint32_t any = 0, codes;
-    for (int r = 0; r < num_rows; r++) {
-      std::memcpy(&codes, x.codes + static_cast<size_t>(quad * num_rows + r) * kQuadBytes, sizeof codes);
-      any |= codes;
-    }
-    for (; any; any >>= 8) count += (any & 255) != 0;
-  }
-  return count;
-}
-
-// Ids of the neurons that fire, rising; how many. There is room for one more than all.
-int list_neurons(const uint8_t* fires, int width, int32_t* ids) {
-  int count = 0;
-  for (int i = 0; i < width; i++) {
-    ids[count] = i;
-    count += fires[i];
-  }
-  return count;
-}
-
-}  // namespace
 
 // A thread's share of the `count` neurons that are needed, 32 at a time: finish(row, ids, how many, totals) writes
 // them. Zeros between them.
@@ -134,7 +65,7 @@ int Executor::find_predicted(const PredictedStep& step, size_t index, int thread
     if (scores)
       for (int i = 0; i < width; i++) fires[i] |= !(scores[i] < step.threshold);
   }
-  return list_neurons(fires, width, workers_[thread].ids);
+  return list_neurons(fires, width, 0, workers_[thread].ids);
 }
 
 // Of all neurons, those that are not predicted among them, which become 0.
@@ -170,14 +101,7 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   if (is_sparse(num_rows) && count <= most_active(index, num_rows)) {
     rows_of_neurons(step.rows, out, x, count, num_rows, thread,
                     [&](int r, const int32_t* some, int valid, float* rows) {
-                      for (int tile = 0; tile < valid; tile += kTileRows) {
-                        const int num = std::min(kTileRows, valid - tile);
-                        float pair[kPanelRows] = {}, y[kTileRows];
-                        for (int i = 0; i < num; i++) pair[i] = gate.row(r)[some[tile + i]];
-                        std::memcpy(pair + kTileRows, rows + tile, sizeof(float) * static_cast<size_t>(num));
-                        kernels_.finish_glu(pair, step.activation, y);
-                        for (int i = 0; i < num; i++) out.row(r)[some[tile + i]] = y[i];
-                      }
+                      finish_firing(some, 0, valid, rows, step.activation, gate.row(r), out.row(r));
                     });
     return false;
   }
@@ -185,68 +109,41 @@ bool Executor::run_step(const UpStep& step, size_t index, int thread) {
   each_panel(w.num_panels(), num_rows, index, thread, [&](int i) {
     kernels_.multiply_panel(
         {w.data + static_cast<size_t>(i) * w.panel_bytes, w.type_a, w.type_b, &x, num_rows, totals});
+    const int column = i * kPanelRows, count = std::min(kPanelRows, out.width - column);
     for (int r = 0; r < num_rows; r++)
-      for (int column = i * kPanelRows; column < std::min((i + 1) * kPanelRows, out.width); column += kTileRows) {
-        const size_t bytes = sizeof(float) * static_cast<size_t>(std::min(kTileRows, out.width - column));
-        float pair[kPanelRows] = {}, y[kTileRows];
-        std::memcpy(pair, gate.row(r) + column, bytes);
-        std::memcpy(pair + kTileRows, totals + r * kPanelRows + column % kPanelRows, bytes);
-        kernels_.finish_glu(pair, step.activation, y);
-        std::memcpy(out.row(r) + column, y, bytes);
-      }
+      finish_up(count, totals + r * kPanelRows, step.activation, gate.row(r) + column, out.row(r) + column);
   });
   return false;
 }
 
-// Neurons that fire in any row, into the thread's ids; what is not a number fires, so that it is seen.
+// Hidden values of some neurons, whose ids count from that of the first, by what their rows of up gave.
+void Executor::finish_firing(const int32_t* ids, int first_id, int count, const float* totals, Activation activation,
+                             const float* gate, float* out) {
+  float gates[kPanelRows], y[kPanelRows];
+  for (int i = 0; i < count; i++) gates[i] = gate[ids[i] - first_id];
+  finish_up(count, totals, activation, gates, y);
+  for (int i = 0; i < count; i++) out[ids[i] - first_id] = y[i];
+}
+
+// At most a panel of hidden values.
+void Executor::finish_up(int count, const float* totals, Activation activation, const float* gate, float* out) {
+  for (int tile = 0; tile < count; tile += kTileRows) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>(std::min(kTileRows, count - tile));
+    float pair[kPanelRows] = {}, y[kTileRows];
+    std::memcpy(pair, gate + tile, bytes);
+    std::memcpy(pair + kTileRows, totals + tile, bytes);
+    kernels_.finish_glu(pair, activation, y);
+    std::memcpy(out + tile, y, bytes);
+  }
+}
+
+// Neurons that fire in any row, into the thread's ids.
 int Executor::find_firing(const UpStep& step, int num_rows, int thread) {
   const Buffer& gate = buffers_[step.gate];
   uint8_t* fires = workers_[thread].fires;
   std::fill(fires, fires + gate.width, uint8_t{0});
-  for (int r = 0; r < num_rows; r++) {
-    const float* row = gate.row(r);
-    if (step.fires_below_zero) {
-      for (int i = 0; i < gate.width; i++) fires[i] |= row[i] != 0.0f;
-    } else {
-      for (int i = 0; i < gate.width; i++) fires[i] |= !(row[i] <= 0.0f);
-    }
-  }
-  return list_neurons(fires, gate.width, workers_[thread].ids);
-}
-
-void Executor::set_most_active(size_t step, int num_rows, int most_active) {
-  int& bound = most_active_[step][static_cast<size_t>(num_rows - 1)];
-  if (bound >= 0) bound = most_active;
-}
-
-double Executor::time_neurons(size_t step, int num_rows, int num_active, bool is_alone) {
-  const auto* up = std::get_if<UpStep>(&program_.steps[step]);
-  const auto* predicted = std::get_if<PredictedStep>(&program_.steps[step]);
-  const auto* down = std::get_if<DownStep>(&program_.steps[step]);
-  const Buffer& firing = buffers_[up ? up->gate : predicted ? predicted->scores : down->linear.x];
-  const float fired = predicted ? predicted->threshold : 1.0f, silent = predicted ? -INFINITY : 0.0f;
-  for (int r = 0; r < num_rows; r++)
-    for (int i = 0; i < firing.width; i++) {
-      // spread evenly, and without a pattern: the same for all rows
-      const bool fires = static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u) * firing.width >> 32 < num_active;
-      firing.row(r)[i] = fires ? fired + static_cast<float>(i % 7) : silent;
-    }
-  if (up || predicted)
-    for (int r = 0; r < num_rows; r++) {
-      const Buffer& x = buffers_[up ? up->x : predicted->linear.x];
-      std::fill_n(x.row(r), x.width, 1.0f);
-    }
-  static constexpr int32_t kRows[kMaxFewRows] = {0, 1, 2, 3, 4, 5, 6, 7};
-  batch_.num_tokens = batch_.num_logit_rows = head_count_ = num_rows;
-  batch_.logit_rows = kRows;
-  head_first_ = 0;
-  trimmed_.assign(static_cast<size_t>(num_rows), 1);
-  const int bound = most_active(step, num_rows);
-  set_most_active(step, num_rows, is_alone ? firing.width : -1);
-  const double before_s = busy_s_;
-  walk(step, step + 1, nullptr);
-  most_active_[step][static_cast<size_t>(num_rows - 1)] = bound;
-  return busy_s_ - before_s;
+  for (int r = 0; r < num_rows; r++) mark_firing(gate.row(r), gate.width, step.fires_below_zero, fires);
+  return list_neurons(fires, gate.width, 0, workers_[thread].ids);
 }
 
 bool Executor::run_step(const TrimStep& step, size_t index, int thread) {
@@ -275,9 +172,7 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   needs.add(p.weight);
   QuantRows x;
   if (quantise(step.linear.x, step.linear.norm, p.weight.columns, needs, index, thread, x)) return true;
-  bool is_sound = true;  // what is not a number must reach every output
-  for (int i = 0; i < x.columns / kBlockColumns * num_rows; i++) is_sound &= x.scales[i] - x.scales[i] == 0.0f;
-  if (!is_sound || count_live(x, num_rows) > most_active(index, num_rows)) {
+  if (!is_sound(x, num_rows) || count_live(x, num_rows) > most_active(index, num_rows)) {
     multiply_linear(step.linear, x, index, thread);
   } else {
     down_of(step, x, num_rows, thread);
@@ -285,14 +180,23 @@ bool Executor::run_step(const DownStep& step, size_t index, int thread) {
   return false;
 }
 
-// A thread's share of the outputs, block after block: what a block's neurons have is read once for all rows.
+// A thread's share of the outputs.
 void Executor::down_of(const DownStep& step, const QuantRows& x, int num_rows, int thread) {
   const NeuronMatrix& n = step.neurons;
   float* sums = workers_[thread].sums;
-  const Range units = share(n.outputs / kOutputUnit, thread, pool_.num_threads());
-  const int begin = units.first * kOutputUnit, end = units.last * kOutputUnit;
-  if (begin == end) return;
-  for (int r = 0; r < num_rows; r++) std::fill(sums + r * n.outputs + begin, sums + r * n.outputs + end, 0.0f);
+  const Range outputs = share_outputs(n, thread, pool_.num_threads());
+  add_blocks(n, x, num_rows, outputs, sums);
+  const Projection& p = step.linear.projections[0];
+  for (int r = 0; r < num_rows; r++)
+    for (int column = outputs.first; column < std::min(outputs.last, buffers_[p.out].width); column += kPanelRows)
+      store_linear(step.linear, p, r, column, sums + r * n.outputs + column);
+}
+
+// Block after block into sums [row][outputs]: what a block's neurons have is read once for all rows.
+void Executor::add_blocks(const NeuronMatrix& n, const QuantRows& x, int num_rows, Range outputs, float* sums) {
+  if (outputs.first == outputs.last) return;
+  for (int r = 0; r < num_rows; r++)
+    std::fill(sums + r * n.outputs + outputs.first, sums + r * n.outputs + outputs.last, 0.0f);
   const int num_blocks = x.columns / kBlockColumns;
   LiveBlock live[2][kMaxFewRows];
   const auto find = [&](int block, LiveBlock* to) {
@@ -323,15 +227,11 @@ void Executor::down_of(const DownStep& step, const QuantRows& x, int num_rows, i
                             static_cast<size_t>(next - block) * n.block_bytes,
                             {one.sums[0], one.sums[1]},
                             x.scales[block * num_rows + r],
-                            begin,
-                            end,
+                            outputs.first,
+                            outputs.last,
                             sums + r * n.outputs});
     }
   }
-  const Projection& p = step.linear.projections[0];
-  for (int r = 0; r < num_rows; r++)
-    for (int column = begin; column < std::min(end, buffers_[p.out].width); column += kPanelRows)
-      store_linear(step.linear, p, r, column, sums + r * n.outputs + column);
 }
 
 }  // namespace isotherm

@@ -140,6 +140,9 @@ double Executor::read_weights() {
       if (const auto* up = std::get_if<UpStep>(&step)) read(up->weight);
       if (const auto* down = std::get_if<DownStep>(&step)) read(down->linear.projections[0].weight);
       if (const auto* glu = std::get_if<ExpertGluStep>(&step)) read(glu->weight, glu->input.panels_used(glu->weight));
+      if (const auto* gate = std::get_if<ExpertGateStep>(&step))
+        read(gate->weight, gate->input.panels_used(gate->weight));
+      if (const auto* up = std::get_if<ExpertUpStep>(&step)) read(up->weight, up->input.panels_used(up->weight));
       if (const auto* down = std::get_if<ExpertDownStep>(&step))
         read(down->weight, down->input.panels_used(down->weight));
     }

@@ -133,7 +133,32 @@ class ProgramBuilder:
     def expert_glu(self, x: int, norm: NormRef, routes: int, matrix: int, activation: str, out: int, /) -> None:
         """matrix: the pairs of all experts, one after the other."""
 
-    def expert_down(self, x: int, routes: int, matrix: int, residual: int, out: int, /) -> None: ...
+    def expert_gate(self, x: int, norm: NormRef, routes: int, matrix: int, out: int, /) -> None: ...
+    def expert_up(
+        self,
+        x: tuple[int, NormRef, int],
+        gate: int,
+        matrix: int,
+        rows: NDArray[np.uint8],
+        activation: str,
+        out: int,
+        /,
+    ) -> None:
+        """x: with its norm, and the routes. rows: as of `up`, of all experts."""
+
+    def expert_down(
+        self,
+        x: int,
+        routes: int,
+        matrix: int,
+        residual: int,
+        neurons: NDArray[np.uint8],
+        form: tuple[bool, bool, bool, bool, int],
+        out: int,
+        /,
+    ) -> None:
+        """neurons, form: as of `down`, expert after expert; empty: every neuron is computed."""
+
     def attention(self, spec: AttentionSpec, /) -> None: ...
     def add_norm(self, a: int, b: int, norm: NormRef, out: int, /) -> None: ...
     def select(self, x: int, out: int, /) -> None: ...

@@ -108,19 +108,18 @@ class TextGenerator:
         stop: Sequence[str] = (),
         grammar: Grammar | None = None,
         sampling: SamplingParams | None = None,
-        sequence: int = 0,
         priority: int = 0,
+        exact: bool = False,
         shown: frozenset[int] = frozenset(),
     ) -> TextStream:
         """An answer for who asks now and then how far it is (`poll`), while `step` computes all of them; to be closed.
 
-        sequence: which of several answers to one prompt this is; they draw other random numbers from the same seed.
         priority: higher goes first. shown: control tokens that appear in the text, as `dialogue.shown_tokens` for a
         parser of answers. The other arguments, and what is raised, are those of `stream`.
         """
         params = sampling or SamplingParams()
         _check_answer_options(max_tokens, stop)
-        request = Request(tuple(prompt_ids), max_tokens, params, self._tokenizer.end_ids, sequence, priority)
+        request = Request(tuple(prompt_ids), max_tokens, params, self._tokenizer.end_ids, priority, is_exact=exact)
         request = replace(request, constraint=self._constraint(grammar))
         return TextStream(self._open_engine(), self._tokenizer, request, tuple(stop), shown=shown)
 

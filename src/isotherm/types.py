@@ -194,6 +194,7 @@ class SamplingParams:
     penalty_tokens: int = 64  # how many of the last tokens the penalties see; -1 all
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    sequence: int = 0  # which of several answers with one seed: each draws other random numbers
     num_logprobs: int = 0
 
 

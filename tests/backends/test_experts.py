@@ -263,7 +263,7 @@ def test_the_builder_takes_no_ids_of_unknown_origin() -> None:
     with pytest.raises(ValueError, match="expert_glu: shapes"):
         b.expert_glu(3, none, 1, pair, "silu", 2)
     with pytest.raises(ValueError, match="expert_down: shapes"):
-        b.expert_down(3, 1, pair, -1, 0)
+        b.expert_down(3, 1, pair, -1, np.empty(0, np.uint8), (False, False, False, False, 0), 0)
     b.add_norm(2, 2, none, 1)  # another value in the same buffer
     with pytest.raises(ValueError, match="experts: routes"):
         b.expert_glu(0, none, 1, pair, "silu", 3)

@@ -70,6 +70,23 @@ def test_synthetic_experts_are_all_used(tmp_path: Path, shape: str) -> None:
         assert set(chosen) == set(range(experts.num_experts))
 
 
+@pytest.mark.parametrize(
+    ("shape", "activation"), [("tiny", "relu"), ("tiny", "drelu"), ("tiny-mixtral", "relu"), ("opt-tiny", "relu")]
+)
+@pytest.mark.parametrize("active", [0.05, 0.3])
+def test_as_many_neurons_fire_as_were_planted(tmp_path: Path, shape: str, activation: str, active: float) -> None:
+    path = tmp_path / "planted.gguf"
+    run = run_script("synthetic.py", path, "--shape", shape, "--activation", activation, "--active", str(active))
+    assert run.returncode == 0, run.stderr
+    with isotherm.load(path, threads=1, cache_bytes=0, sparse=True) as model:
+        downs = {op.x for op in model.program.ops if isinstance(op, ops.SparseDown | ops.ExpertDown)}
+        shares: list[float] = []
+        model.observe(list(range(300)), downs, lambda _, rows: shares.append(float(np.mean(rows != 0))))
+        assert model.generate("a b c", raw=True, max_tokens=8).token_ids
+    both = 2 if activation == "drelu" else 1  # of the gates that fire, as many of up do not
+    assert active / both / 1.6 < np.mean(shares) < active / both * 1.6
+
+
 def test_a_synthetic_model_runs_and_takes_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
     path = write_synthetic(tmp_path / "synthetic.gguf", "Q4_0")
@@ -88,7 +105,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 def test_what_cannot_be_planted_is_refused(tmp_path: Path) -> None:
     run = run_script("synthetic.py", tmp_path / "x.gguf", "--shape", "falcon-tiny", "--activation", "relu")
     assert run.returncode == 2
-    assert "plants by the gate" in run.stderr
+    assert "--activation is for shapes of llamas" in run.stderr
 
 
 def test_an_impossible_shape_is_refused(tmp_path: Path) -> None:

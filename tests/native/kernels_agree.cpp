@@ -287,7 +287,7 @@ void run_experts(const KernelTable& table, Random& random, Outputs& out) {
       for (int i = 0; i < num_used; i++) places.push_back(random.below(50));
       for (const float* r : {residual.data(), static_cast<const float*>(nullptr)}) {
         std::vector<float> y(kPanelRows);
-        table.mix({totals.data(), places.data(), weights.data(), num_used, r, y.data()});
+        table.mix({totals.data(), kPanelRows, places.data(), weights.data(), num_used, r, y.data()});
         out.add(text("mix", num_used, r != nullptr), y);
       }
     }

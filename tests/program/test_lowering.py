@@ -11,7 +11,7 @@ from tolerances import FLOAT_WEIGHTS_SHARE
 
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.models import FAMILIES
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.batch import Batch, Sequence
 from isotherm.program.lowering import lower
 from isotherm.program.ops import AttentionShape, NormWeights, Op, Projection, Value
@@ -96,9 +96,9 @@ def check(program: Program) -> Program:
     assert all(isinstance(op, LOWERED) for op in lowered.ops)
     written: set[Value] = set()
     for op in lowered.ops:
-        assert written.issuperset(ops.inputs(op)), f"{op} reads what is not there yet"
-        assert written.isdisjoint(ops.outputs(op)), f"{op} writes a second time"
-        written.update(ops.outputs(op))
+        assert written.issuperset(flow.inputs(op)), f"{op} reads what is not there yet"
+        assert written.isdisjoint(flow.outputs(op)), f"{op} writes a second time"
+        written.update(flow.outputs(op))
     assert program.logits in written
     assert (lowered.states, lowered.family, lowered.logits) == (program.states, program.family, program.logits)
     assert names(lowered.ops) == names(program.ops) == set(shapes(program))

@@ -13,7 +13,7 @@ import isotherm
 from isotherm.backends.reference import contract
 from isotherm.formats.checkpoint import open_checkpoint
 from isotherm.models import FAMILIES
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.quality.calibration import SHARES, calibrate, climb, collect, neutral_trims
 from isotherm.quality.choice import Choice, LayerTrims
 from isotherm.quality.rules import LayerRule, LayerSamples, Rule, rules_for
@@ -92,7 +92,7 @@ def test_what_is_collected(
             assert np.array_equal(model.logits(windows[0]), exact.logits(windows[0]))
             samples = collect(model, windows)
             values: dict[ops.Value, list[np.ndarray]] = {}
-            wanted = {value for op in model.program.ops for value in ops.outputs(op)} - {model.program.logits}
+            wanted = {value for op in model.program.ops for value in flow.outputs(op)} - {model.program.logits}
             for window in windows:
                 model.observe(window, wanted, lambda value, rows: values.setdefault(value, []).append(rows))
             program = model.program
@@ -101,7 +101,7 @@ def test_what_is_collected(
             op.down: dequantise(checkpoint.tensors[op.down].read(), QuantType.Q8_0, op.ffn_size) for op in recorded.ffns
         }
     trims = [op for op in program.ops if isinstance(op, ops.TrimOp)]
-    writes = [op for op in program.ops if ops.inputs(op) and "down" in str(op)]
+    writes = [op for op in program.ops if flow.inputs(op) and "down" in str(op)]
     assert len(samples) == len(trims) == len(writes) == 2
     for sample, trim, write in zip(samples, trims, writes, strict=True):
         gate = np.concatenate(values[trim.x])
@@ -111,8 +111,8 @@ def test_what_is_collected(
         else:
             assert sample.gate is not None
             assert np.array_equal(sample.gate, contract.activate(gate, activation).astype(np.float16))
-            assert np.array_equal(sample.hidden, np.concatenate(values[ops.inputs(write)[0]]).astype(np.float16))
-        norms = np.linalg.norm(np.concatenate(values[ops.outputs(write)[0]]).astype(np.float64), axis=1)
+            assert np.array_equal(sample.hidden, np.concatenate(values[flow.inputs(write)[0]]).astype(np.float16))
+        norms = np.linalg.norm(np.concatenate(values[flow.outputs(write)[0]]).astype(np.float64), axis=1)
         assert np.allclose(sample.output_norm, norms, rtol=1e-6)
     for one in calibrated:
         for layer, op in enumerate(recorded.ffns):

@@ -29,16 +29,13 @@ class Constraint(Protocol):
 class Request:
     """max_tokens None: as many as the context holds. An id of `end_ids` ends the answer and is not part of it.
 
-    sequence: which of several answers to one prompt this is; each draws other random numbers from the same seed.
-    priority: higher goes first. constraint: of this answer alone. is_exact: the
-    Trims of the Program do not hold for it.
+    priority: higher goes first. constraint: of this answer alone. is_exact: the Trims of the Program do not hold.
     """
 
     prompt_ids: tuple[int, ...]
     max_tokens: int | None
     sampling: SamplingParams
     end_ids: frozenset[int]
-    sequence: int = 0
     priority: int = 0
     constraint: Constraint | None = None
     is_exact: bool = False
@@ -101,7 +98,7 @@ class Generation:
             self.ended = True
             return
         history = job.tokens[: job.num_tokens]
-        token = self.sampler.sample(logits, history, job.num_tokens, self.request.sequence, allowed)
+        token = self.sampler.sample(logits, history, job.num_tokens, self.request.sampling.sequence, allowed)
         if token.token_id in self.request.end_ids:
             self.ended = True
             return

@@ -17,17 +17,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.ops import NormWeights, Op, Projection, Value
 from isotherm.program.recorder import Program
 from isotherm.types import Activation, Rope
 
 
-def lower(program: Program, is_sparse: Callable[[ops.Ffn], bool] = lambda _: False) -> Program:
+def lower(program: Program, is_sparse: Callable[[ops.Ffn | ops.Moe], bool] = lambda _: False) -> Program:
     """The same function of tokens, in ops of the second group of `ops.py`.
 
-    is_sparse: whether an FFN is to be computed by neurons where few of them fire: only where something makes zeros, an
-    activation or a Trim.
+    is_sparse: whether an FFN, or the experts in its place, are to be computed by neurons where few of them fire: only
+    where something makes zeros, an activation or a Trim.
     """
     return replace(program, ops=tuple(_select_early(_Lowering(program, is_sparse).run())))
 
@@ -40,32 +40,34 @@ def _select_early(lowered: list[Op]) -> list[Op]:
         return lowered
     first = attentions[-1] + 1
     kept, tail = lowered[:first], lowered[first:select] + lowered[select + 1 :]
-    made = {value for op in kept for value in ops.outputs(op)}
-    needed = dict.fromkeys(value for op in lowered[first:] for value in ops.inputs(op) if value in made)
-    unused = 1 + max(value.index for op in lowered for value in ops.outputs(op))
+    made = {value for op in kept for value in flow.outputs(op)}
+    needed = dict.fromkeys(value for op in lowered[first:] for value in flow.inputs(op) if value in made)
+    unused = 1 + max(value.index for op in lowered for value in flow.outputs(op))
     selected = {value: Value(unused + i, value.width) for i, value in enumerate(needed)}
     selects: list[Op] = [ops.SelectRows(out, value) for value, out in selected.items()]
     late = lowered[select]
     assert isinstance(late, ops.SelectRows)
-    return kept + selects + [ops.replace_inputs(op, selected | {late.out: selected.get(late.x, late.x)}) for op in tail]
+    return (
+        kept + selects + [flow.replace_inputs(op, selected | {late.out: selected.get(late.x, late.x)}) for op in tail]
+    )
 
 
 class _Lowering:
-    def __init__(self, program: Program, is_sparse: Callable[[ops.Ffn], bool]) -> None:
+    def __init__(self, program: Program, is_sparse: Callable[[ops.Ffn | ops.Moe], bool]) -> None:
         self._program = program
         self._is_sparse = is_sparse
-        self._num_values = 1 + max(value.index for op in program.ops for value in ops.outputs(op))
-        self._maker: dict[Value, Op] = {value: op for op in program.ops for value in ops.outputs(op)}
+        self._num_values = 1 + max(value.index for op in program.ops for value in flow.outputs(op))
+        self._maker: dict[Value, Op] = {value: op for op in program.ops for value in flow.outputs(op)}
         self._readers: dict[Value, list[Op]] = defaultdict(list)
         for op in program.ops:
-            for value in ops.inputs(op):
+            for value in flow.inputs(op):
                 self._readers[value].append(op)
         self._done: set[Value] = set()  # written by a fused op that was emitted before
         self._out: list[Op] = []
 
     def run(self) -> list[Op]:
         for op in self._program.ops:
-            if self._done.issuperset(ops.outputs(op)):
+            if self._done.issuperset(flow.outputs(op)):
                 continue
             match op:
                 case ops.Embed() | ops.EmbedPositions() | ops.SelectRows():
@@ -190,13 +192,17 @@ class _Lowering:
         logits = self._new_value(op.experts.num_experts)
         routes = self._new_value(2 * op.experts.num_used)
         hidden = self._new_value(op.experts.num_used * op.ffn_size)
+        self._out.append(ops.QuantLinear(x, norm, (Projection(logits, op.router, None),), None))
+        self._out.append(ops.Route(routes, logits, op.experts))
+        is_sparse = self._is_sparse(op)
+        if is_sparse:
+            gated = self._new_value(hidden.width)
+            self._out.append(ops.ExpertGate(gated, x, norm, routes, op.gate, op.experts))
+            self._out.append(ops.SparseExpertUp(hidden, gated, x, norm, routes, op.up, op.experts, op.activation))
+        else:
+            self._out.append(ops.ExpertGlu(hidden, x, norm, routes, op.gate, op.up, op.experts, op.activation))
         out, residual = self._with_residual(op.out)
-        self._out += [
-            ops.QuantLinear(x, norm, (Projection(logits, op.router, None),), None),
-            ops.Route(routes, logits, op.experts),
-            ops.ExpertGlu(hidden, x, norm, routes, op.gate, op.up, op.experts, op.activation),
-            ops.ExpertDown(out, hidden, routes, op.down, op.experts, residual),
-        ]
+        self._out.append(ops.ExpertDown(out, hidden, routes, op.down, op.experts, residual, by_neuron=is_sparse))
 
     def _with_residual(self, value: Value) -> tuple[Value, Value | None]:
         """What a block writes in place of `value`, and what it adds: those of the Add that alone reads it."""

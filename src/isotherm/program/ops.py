@@ -5,11 +5,8 @@ SelectRows, where it is the number of logit rows. Weights are named, never held.
 group and never fuse; lowering replaces them by those of the second group, which a quantising backend runs.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from enum import Enum
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 from isotherm.types import Activation, Experts, Rope
 
@@ -317,8 +314,37 @@ class ExpertGlu:
 
 
 @dataclass(frozen=True)
+class ExpertGate:
+    """out = q(norm(x)) @ weight_e.T of each row's experts, side by side in the order of their rank."""
+
+    out: Value  # [tokens, num_used * ffn_size]
+    x: Value
+    norm: NormWeights | None
+    routes: Value
+    weight: str
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class SparseExpertUp:
+    """As SparseUp, of each row's experts: of all rows of an expert together the neurons that fire."""
+
+    out: Value
+    gated: Value  # [tokens, num_used * ffn_size]
+    x: Value
+    norm: NormWeights | None
+    routes: Value
+    weight: str
+    experts: Experts
+    activation: Activation
+
+
+@dataclass(frozen=True)
 class ExpertDown:
-    """out = sum over ranks of weight * (q(x of the rank) @ weight_e.T) + residual."""
+    """out = sum over ranks of weight * (q(x of the rank) @ weight_e.T) + residual.
+
+    by_neuron: whether those neurons whose code is not 0 may be computed alone.
+    """
 
     out: Value
     x: Value  # [tokens, num_used * ffn_size]
@@ -326,6 +352,7 @@ class ExpertDown:
     weight: str
     experts: Experts
     residual: Value | None
+    by_neuron: bool = False
 
 
 @dataclass(frozen=True)
@@ -356,45 +383,7 @@ class AddNorm:
 
 RecordedOp = Embed | EmbedPositions | Norm | Linear | RopeOp | Attention | Ffn | Moe | Add | SelectRows
 SparseOp = SparseUp | SparseDown | TrimOp | PredictedLinear
-ExpertOp = Route | ExpertGlu | ExpertDown
+ExpertOp = Route | ExpertGlu | ExpertGate | SparseExpertUp | ExpertDown
 FusedOp = QuantLinear | QuantGlu | SparseOp | ExpertOp | RopeAttention | AddNorm
 LoweredOp = FusedOp | Embed | EmbedPositions | SelectRows | Add
 Op = RecordedOp | FusedOp
-
-
-def outputs(op: Op) -> tuple[Value, ...]:
-    """Values that `op` writes."""
-    if isinstance(op, QuantLinear):
-        return tuple(projection.out for projection in op.projections)
-    return (op.out,)
-
-
-def inputs(op: Op) -> tuple[Value, ...]:
-    """Values that `op` reads."""
-    written = outputs(op)
-    return tuple(v for f in fields(op) if isinstance(v := getattr(op, f.name), Value) and v not in written)
-
-
-def replace_inputs(op: Op, by: Mapping[Value, Value]) -> Op:
-    """`op` with the values that it reads replaced where `by` names them."""
-    read = by.keys() & set(inputs(op))
-    changes: dict[str, Any] = {f.name: by[v] for f in fields(op) if (v := getattr(op, f.name)) in read}
-    return replace(op, **changes)
-
-
-def show(item: Any) -> str:
-    """One op, or a part of one, as the text dump has it."""
-    if isinstance(item, tuple):
-        return "[" + ", ".join(show(part) for part in item) + "]"
-    if isinstance(item, Enum):
-        return str(item.value)
-    if isinstance(item, float):
-        return f"{item:.6g}"
-    if isinstance(item, Value | NormWeights | Trim | str | int) or item is None:
-        return str(item)
-    if isinstance(item, Projection):
-        bias = f" + {item.bias}" if item.bias else ""
-        return f"{item.out}: {item.out.width} = {item.weight}{bias}"
-    is_op = isinstance(item, Op)  # of which options that are not taken are left out
-    shown = [f for f in fields(item) if f.name != "out" and not (is_op and getattr(item, f.name) is f.default)]
-    return f"{type(item).__name__}({', '.join(f'{f.name}={show(getattr(item, f.name))}' for f in shown)})"

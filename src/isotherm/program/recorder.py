@@ -5,6 +5,7 @@ from enum import Enum
 
 from isotherm.program import ops
 from isotherm.program.ops import AttentionShape, Ffn, NormWeights, Op, Value
+from isotherm.program.text_form import show
 from isotherm.types import Activation, Experts, KvType, Rope
 
 PAGE_TOKENS = 64  # positions of one KV page
@@ -67,7 +68,7 @@ class Program:
             )
         for op in self.ops:
             written = "" if isinstance(op, ops.QuantLinear) else f"{op.out}: {op.out.width} = "
-            lines.append(f"  {written}{ops.show(op)}")
+            lines.append(f"  {written}{show(op)}")
         return "\n".join([*lines, f"  return {self.logits}", ""])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm.backends.reference import contract
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.backend import WeightTensor
 from isotherm.program.ops import Value
 from isotherm.program.recorder import Program
@@ -120,7 +120,7 @@ def collect(model: TextGenerator, windows: Sequence[Sequence[int]]) -> list[Laye
 
 
 def _layers(program: Program) -> list[_Layer]:
-    makers = {value: op for op in program.ops for value in ops.outputs(op)}
+    makers = {value: op for op in program.ops for value in flow.outputs(op)}
     found = []
     for op in program.ops:
         if isinstance(op, ops.SparseDown):

@@ -21,7 +21,7 @@ from isotherm.quantization.p32 import UNITS, padded_columns, tile_fields
 from isotherm.types import QuantType
 
 BLOCK_NEURONS = 32  # that share an activation scale
-_OUTPUT_ALIGNMENT = 128
+OUTPUT_ALIGNMENT = 128
 _LINE_OUTPUTS = 64
 _TOO_LARGE = 2.0**105  # see the contract, 3
 
@@ -128,4 +128,4 @@ def _is_finite(minimum: F32 | None) -> bool:
 
 
 def _padded_outputs(num_outputs: int) -> int:
-    return -(-num_outputs // _OUTPUT_ALIGNMENT) * _OUTPUT_ALIGNMENT
+    return -(-num_outputs // OUTPUT_ALIGNMENT) * OUTPUT_ALIGNMENT

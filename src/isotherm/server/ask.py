@@ -55,6 +55,7 @@ class Ask:
     tool_choice: str | Mapping[str, Any] | None = None
     is_parallel: bool = True  # several tool calls in one answer
     thinks: bool | None = None
+    is_exact: bool = False  # whatever quality the model was loaded with
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,9 @@ class Exchange:
             max_tokens=ask.max_tokens,
             stop=ask.stop,
             grammar=self._task.grammar,
-            sampling=ask.sampling,
-            sequence=index,
+            sampling=replace(ask.sampling, sequence=index),
             priority=ask.priority,
+            exact=ask.is_exact,
             shown=self._task.shown,
         )
         stream = await _in_thread(starting)

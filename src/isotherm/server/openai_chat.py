@@ -98,6 +98,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         tool_choice=body.tool_choice,
         is_parallel=body.parallel_tool_calls is not False,
         thinks=body.thinks(),
+        is_exact=body.exact,
     )
     exchange = Exchange(request.app.state.shelf, ask, request.scope)
     return await respond(exchange, request, partial(_Chat, wants_logprobs, body.includes_usage), streams=streams)

@@ -91,6 +91,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             body.priority,
             body.return_progress,
             grammar=grammar_of(body.response_format, body.grammar, body.structured_outputs),
+            is_exact=body.exact,
         )
         for prompt in body.prompts()
     ]

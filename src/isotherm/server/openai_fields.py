@@ -66,6 +66,7 @@ class SamplingFields(Strict):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    exact: bool = False
     return_progress: bool = False
 
     def streams(self) -> bool:

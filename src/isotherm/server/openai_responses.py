@@ -118,6 +118,7 @@ class ResponsesRequest(Strict):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    exact: bool = False
 
     @property
     def wants_logprobs(self) -> bool:
@@ -194,6 +195,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         tool_choice=choice.as_in_chat() if isinstance(choice, NamedTool) else choice,
         is_parallel=body.parallel_tool_calls is not False,
         thinks=body.thinks(),
+        is_exact=body.exact,
     )
     exchange = Exchange(request.app.state.shelf, ask, request.scope)
     return await respond(exchange, request, partial(_Response, body, wants_logprobs), streams=body.streams())

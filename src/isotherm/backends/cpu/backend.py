@@ -14,7 +14,7 @@ from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import neurons_name, pair_name, rows_name
 from isotherm.backends.cpu.step_facts import describe_steps, max_marks
 from isotherm.errors import UnsupportedModel
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.batch import Batch
 from isotherm.program.ops import NormWeights, Trim, Value
 from isotherm.program.recorder import Program
@@ -28,6 +28,7 @@ from isotherm.types import KvType, Rope
 F32 = NDArray[np.float32]
 T = TypeVar("T")
 
+_NOTHING = np.empty(0, np.uint8)
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
@@ -76,7 +77,9 @@ class CompiledCpu:
 
     def observe(self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, F32], None]) -> None:
         assert self._walks is None, "what is observed is not recorded"
-        written = [(i, value) for i, op in enumerate(self._program.ops) for value in ops.outputs(op) if value in wanted]
+        written = [
+            (i, value) for i, op in enumerate(self._program.ops) for value in flow.outputs(op) if value in wanted
+        ]
         stops = [(i, self._buffers.at[value]) for i, value in written]
         sequences = self._begin(batch)
         finished = self._executor.observe(
@@ -204,8 +207,12 @@ class _Compiler:
                 x, norm, routes = at[op.x], self._norm(op.norm), at[op.routes]
                 b.expert_glu(x, norm, routes, self._expert_pair(op), op.activation.value, at[op.out])
             case ops.ExpertDown():
-                residual = at[op.residual] if op.residual else -1
-                b.expert_down(at[op.x], at[op.routes], self._expert_down(op), residual, at[op.out])
+                self._expert_down(op)
+            case ops.ExpertGate():
+                b.expert_gate(at[op.x], self._norm(op.norm), at[op.routes], self._matrix(op.weight), at[op.out])
+            case ops.SparseExpertUp():
+                read, rows = (at[op.x], self._norm(op.norm), at[op.routes]), self._rows(op.weight)
+                b.expert_up(read, at[op.gated], self._matrix(op.weight), rows, op.activation.value, at[op.out])
             case ops.RopeAttention():
                 b.attention(self._attention(op))
             case ops.AddNorm():
@@ -220,30 +227,35 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        self._builder.up(x, norm, gate, matrix, self._rows(op), op.activation.value, at[op.out])
+        rows = self._rows(op.weight) if op.by_rows else _NOTHING
+        self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out])
 
     def _predicted(self, op: ops.PredictedLinear) -> None:
         at = self.buffers.at
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         activation = op.activation.value if op.activation else ""
         scores, x, norm = at[op.scores], at[op.x], self._norm(op.norm)
-        self._builder.predicted(x, norm, projection, self._rows(op), activation, scores, op.threshold)
+        rows = self._rows(op.weight) if op.by_rows else _NOTHING
+        self._builder.predicted(x, norm, projection, rows, activation, scores, op.threshold)
 
-    def _rows(self, op: ops.SparseUp | ops.PredictedLinear) -> NDArray[np.uint8]:
-        """Rows of its weight, each in one piece, where they may be computed alone."""
-        return self._weights.array(rows_name(op.weight)).view(np.uint8) if op.by_rows else np.empty(0, np.uint8)
+    def _rows(self, weight: str) -> NDArray[np.uint8]:
+        """Those of a matrix, each in one piece."""
+        return self._weights.array(rows_name(weight)).view(np.uint8)
+
+    def _neurons(self, weight: str) -> tuple[NDArray[np.uint8], tuple[bool, bool, bool, bool, int]]:
+        """Those of a matrix, and how they are kept."""
+        form = neuron_form(self._weights.entry(neurons_name(weight)).types[0])
+        assert form is not None
+        return self._weights.array(neurons_name(weight)).view(np.uint8), astuple(form)
 
     def _thresholds(self, trim: Trim) -> int:
         return -1 if trim.thresholds is None else self._builder.vector(np.frombuffer(trim.thresholds, np.float32))
 
     def _sparse_down(self, op: ops.SparseDown) -> None:
-        at, name = self.buffers.at, neurons_name(op.weight)
-        form = neuron_form(self._weights.entry(name).types[0])
-        assert form is not None
+        at = self.buffers.at
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         residual = at[op.residual] if op.residual else -1
-        neurons = self._weights.array(name).view(np.uint8)
-        self._builder.down(at[op.x], projection, residual, neurons, astuple(form))
+        self._builder.down(at[op.x], projection, residual, *self._neurons(op.weight))
 
     def _expert_pair(self, op: ops.ExpertGlu) -> int:
         ffn_size = op.out.width // op.experts.num_used
@@ -254,13 +266,17 @@ class _Compiler:
             )
         return self._matrix(pair_name(op.gate, op.up))
 
-    def _expert_down(self, op: ops.ExpertDown) -> int:
+    def _expert_down(self, op: ops.ExpertDown) -> None:
+        at = self.buffers.at
         if op.out.width % PANEL_ROWS:
             raise UnsupportedModel(
                 f"experts with {op.out.width} outputs; the native backend needs a multiple of {PANEL_ROWS}; take "
                 "--backend reference"
             )
-        return self._matrix(op.weight)
+        residual = at[op.residual] if op.residual else -1
+        neurons, form = self._neurons(op.weight) if op.by_neuron else (_NOTHING, (False,) * 4 + (0,))
+        matrix = self._matrix(op.weight)
+        self._builder.expert_down(at[op.x], at[op.routes], matrix, residual, neurons, form, at[op.out])
 
     def _matrix(self, name: str) -> int:
         if name not in self._matrices:

@@ -2,7 +2,8 @@
 
 Steps alike in kind, weight types and shape are measured once, for one row of a batch and for as many as there may be.
 What fires alone takes a + b * share; what is computed whole takes a time of its own: they meet at the break-even.
-Weights are read from several layers in turn, so that no cache gives them back.
+Weights are read from many layers in turn, and whole ones before those of few neurons, so that no cache gives any back,
+as none does while a model runs.
 """
 
 from collections import defaultdict
@@ -14,10 +15,11 @@ from isotherm.program import ops
 from isotherm.program.recorder import Program
 from isotherm.quantization.packed_file import EntrySpec
 
-_BY_ROWS = ops.SparseUp | ops.PredictedLinear
+_BY_ROWS = ops.SparseUp | ops.PredictedLinear | ops.SparseExpertUp
+_BY_COLUMNS = ops.SparseDown | ops.ExpertDown
 _SHARES = (0.1, 0.4)
 _NUM_ROUNDS = 3
-_ENOUGH_BYTES = 96 << 20  # of weights, read in turn
+_ENOUGH_BYTES = 256 << 20  # of weights, read in turn: more than is left of a cache until it is their turn again
 _CAUTION = 0.95  # of the time computed whole: what is no quicker beyond doubt is not worth it
 
 
@@ -41,21 +43,34 @@ def set_break_even(
 def _alike(program: Program, entry: Callable[[str], EntrySpec]) -> dict[object, list[int]]:
     groups: dict[object, list[int]] = defaultdict(list)
     for index, op in enumerate(program.ops):
-        if isinstance(op, ops.SparseDown) or (isinstance(op, _BY_ROWS) and op.by_rows):
+        if isinstance(op, _BY_ROWS | _BY_COLUMNS) and _has_neurons(op):
             spec = entry(op.weight)
             groups[type(op), spec.types, spec.shape].append(index)
     return groups
 
 
+def _has_neurons(op: _BY_ROWS | _BY_COLUMNS) -> bool:
+    match op:
+        case ops.SparseUp() | ops.PredictedLinear():
+            return op.by_rows
+        case ops.ExpertDown():
+            return op.by_neuron
+        case _:
+            return True
+
+
 def _num_neurons(op: ops.Op) -> int:
-    assert isinstance(op, ops.SparseDown | _BY_ROWS)
+    assert isinstance(op, _BY_ROWS | _BY_COLUMNS)
     return op.out.width if isinstance(op, _BY_ROWS) else op.x.width
 
 
 def _enough(steps: list[int], entry: Callable[[str], EntrySpec], program: Program) -> list[int]:
     op = program.ops[steps[0]]
-    assert isinstance(op, ops.SparseDown | _BY_ROWS)
-    return steps[: max(1, _ENOUGH_BYTES // entry(op.weight).num_bytes)]
+    assert isinstance(op, _BY_ROWS | _BY_COLUMNS)
+    read_bytes = entry(op.weight).num_bytes
+    if isinstance(op, ops.SparseExpertUp | ops.ExpertDown):
+        read_bytes = read_bytes // op.experts.num_experts * op.experts.num_used
+    return steps[: max(1, _ENOUGH_BYTES // read_bytes)]
 
 
 def _break_even(executor: "_native.Executor", steps: list[int], num_rows: int, num_neurons: int) -> float:
@@ -66,11 +81,10 @@ def _break_even(executor: "_native.Executor", steps: list[int], num_rows: int, n
 
     rounds = []
     for number in range(_NUM_ROUNDS + 1):
-        whole_s = time_s(_SHARES[1], is_alone=False)
-        alone_s = [time_s(share, is_alone=True) for share in _SHARES]
+        times = [time_s(share, is_alone=is_alone) for share in _SHARES for is_alone in (False, True)]
         if number:  # the first one brings pages in
-            rounds.append((whole_s, *alone_s))
-    whole_s, low_s, high_s = (median(times) for times in zip(*rounds, strict=True))
+            rounds.append(times)
+    whole_s, low_s, _, high_s = (median(times) for times in zip(*rounds, strict=True))
     slope = (high_s - low_s) / (_SHARES[1] - _SHARES[0])
     if slope <= 0:  # noise: then it is as good as flat
         return _SHARES[1] if high_s < _CAUTION * whole_s else 0.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.ops import Value
 from isotherm.program.recorder import Program
 
@@ -16,12 +16,12 @@ class BufferPlan:
 
 
 def plan_buffers(program: Program) -> BufferPlan:
-    last_reader = {value: i for i, op in enumerate(program.ops) for value in ops.inputs(op)}
+    last_reader = {value: i for i, op in enumerate(program.ops) for value in flow.inputs(op)}
     widths: list[int] = []
     at: dict[Value, int] = {}
     free: dict[int, list[int]] = {}
     for index, op in enumerate(program.ops):
-        for value in ops.outputs(op):
+        for value in flow.outputs(op):
             unused = free.get(value.width)
             if unused and value != program.logits:
                 at[value] = unused.pop()
@@ -30,7 +30,7 @@ def plan_buffers(program: Program) -> BufferPlan:
                 widths.append(value.width)
         if isinstance(op, ops.SelectRows):  # the head runs once per block of rows: what it selects from stays
             continue
-        for value in set(ops.inputs(op)):
+        for value in set(flow.inputs(op)):
             if last_reader[value] == index:
                 free.setdefault(value.width, []).append(at[value])
     assert at[program.logits] == len(widths) - 1

@@ -34,9 +34,9 @@ def work_bytes(program: Program, limits: CpuLimits, num_threads: int) -> int:
     inputs = [rows * op.x.width for op in program.ops if isinstance(op, reading)]
     gathered = [0]  # inputs of experts that a batch has
     for op in program.ops:
-        if isinstance(op, ops.ExpertGlu | ops.ExpertDown):
+        if isinstance(op, ops.ExpertGlu | ops.ExpertGate | ops.SparseExpertUp | ops.ExpertDown):
             gathered.append(rows * op.experts.num_used + _MOST_BUNDLE_ROWS * op.experts.num_experts)
-            width = op.x.width if isinstance(op, ops.ExpertGlu) else op.x.width // op.experts.num_used
+            width = op.x.width // op.experts.num_used if isinstance(op, ops.ExpertDown) else op.x.width
             inputs.append(gathered[-1] * width)
     ropes = {op.rope for op in program.ops if isinstance(op, ops.RopeAttention) and op.rope}
     floats = rows * sum(widths) + limits.max_head_rows * vocab_size + limits.context_tokens * sum(r.dims for r in ropes)

@@ -13,7 +13,7 @@ from isotherm.program.backend import WeightTensor
 from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
-from isotherm.quantization.neurons import neuron_form, pack_neurons, pack_rows
+from isotherm.quantization.neurons import OUTPUT_ALIGNMENT, neuron_form, pack_neurons, pack_rows
 from isotherm.quantization.p32 import PANEL_ROWS, matrix_pieces, pair_pieces
 from isotherm.quantization.packed_cache import enforce_cap, open_or_build
 from isotherm.quantization.packed_file import (
@@ -47,7 +47,10 @@ def neurons_name(down: str) -> str:
 def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Program:
     """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron."""
 
-    def is_sparse(op: ops.Ffn) -> bool:
+    def is_sparse(op: ops.Ffn | ops.Moe) -> bool:
+        if isinstance(op, ops.Moe):
+            is_kept = neuron_form(tensors[op.down].quant_type) is not None and op.out.width % OUTPUT_ALIGNMENT == 0
+            return is_kept and op.activation.has_zeros
         has_zeros = op.activation.has_zeros or op.trim_gate is not None or op.trim_hidden is not None
         return has_zeros and neuron_form(tensors[op.down].quant_type) is not None
 
@@ -76,8 +79,10 @@ def expert_weights(program: Program) -> dict[str, Experts]:
     for op in program.ops:
         if isinstance(op, ops.ExpertGlu):
             found[pair_name(op.gate, op.up)] = op.experts
-        elif isinstance(op, ops.ExpertDown):
+        elif isinstance(op, ops.ExpertGate | ops.SparseExpertUp | ops.ExpertDown):
             found[op.weight] = op.experts
+            if isinstance(op, ops.ExpertDown):
+                found[neurons_name(op.weight)] = op.experts
     return found
 
 
@@ -103,12 +108,13 @@ def packed_entries(program: Program, tensors: Mapping[str, WeightTensor]) -> lis
 
 def pack_program(program: Program, tensors: Mapping[str, WeightTensor], sink: PackedSink) -> None:
     """Adds every weight of a lowered Program to `sink`."""
+    experts = expert_weights(program)
     for spec, sources in packed_entries(program, tensors):
         if spec.kind is EntryKind.VECTOR:
             vector = dequantise(sources[0].read(), sources[0].quant_type, spec.shape[0])[0]
             sink.add(spec, [vector.view(np.uint8)])
         elif spec.kind is EntryKind.NEURONS:
-            sink.add(spec, [pack_neurons(sources[0].read(), sources[0].quant_type, spec.shape[1])])
+            sink.add(spec, _neurons(sources[0], experts.get(spec.name)))
         else:
             sink.add(spec, _pieces(spec.kind, sources))
 
@@ -175,8 +181,15 @@ def _weights(program: Program) -> Iterator[tuple[str, tuple[str, ...], EntryKind
                 yield op.weight, (op.weight,), EntryKind.MATRIX
                 if op.by_rows:
                     yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
+            case ops.ExpertGate():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
+            case ops.SparseExpertUp():
+                yield op.weight, (op.weight,), EntryKind.MATRIX
+                yield rows_name(op.weight), (op.weight,), EntryKind.ROWS
             case ops.ExpertDown():
                 yield op.weight, (op.weight,), EntryKind.MATRIX
+                if op.by_neuron:
+                    yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS
             case ops.SparseDown():
                 yield from _matrix(op.weight, op.bias)
                 yield neurons_name(op.weight), (op.weight,), EntryKind.NEURONS
@@ -189,6 +202,14 @@ def _matrix(weight: str, bias: str | None) -> Iterator[tuple[str, tuple[str, ...
     yield weight, (weight,), EntryKind.MATRIX
     if bias:
         yield bias, (bias,), EntryKind.VECTOR
+
+
+def _neurons(down: WeightTensor, experts: Experts | None) -> Iterator[NDArray[np.uint8]]:
+    """Those of each expert by itself."""
+    rows, num_neurons = down.shape
+    step = rows if experts is None else rows // experts.num_experts
+    for start in range(0, rows, step):
+        yield pack_neurons(down.read(start, start + step), down.quant_type, num_neurons)
 
 
 def _pieces(kind: EntryKind, sources: list[WeightTensor]) -> Iterator[NDArray[np.uint8]]:

@@ -16,7 +16,8 @@ _NORM_AND_QUANTISE = "norm, quantise"
 _GATHER = "norm, quantise, gather"
 _ROPE_AND_APPEND = "rope, append"
 _SPARSE = (ops.SparseUp, ops.SparseDown, ops.PredictedLinear)
-_QUANTISING = (ops.QuantLinear, ops.QuantGlu, *_SPARSE, ops.ExpertGlu, ops.ExpertDown)
+_EXPERTS = (ops.ExpertGlu, ops.ExpertGate, ops.SparseExpertUp, ops.ExpertDown)
+_QUANTISING = (ops.QuantLinear, ops.QuantGlu, *_SPARSE, *_EXPERTS)
 _MAX_MARKS = {ops.RopeAttention: 6, **dict.fromkeys(_QUANTISING, 4)}  # two for each part; split attention has three
 
 
@@ -68,8 +69,13 @@ class _Description:
                 return StepFacts("route", self._layer)
             case ops.ExpertGlu():
                 return self._experts("glu of experts", pair_name(op.gate, op.up), op.experts)
+            case ops.ExpertGate():
+                return self._experts("gate of experts", op.weight, op.experts)
+            case ops.SparseExpertUp():
+                return self._experts("up of experts, those that fire", op.weight, op.experts)
             case ops.ExpertDown():
-                return self._experts("down of experts", op.weight, op.experts)
+                kind = "down of experts, those that fire" if op.by_neuron else "down of experts"
+                return self._experts(kind, op.weight, op.experts)
             case ops.RopeAttention():
                 state = self._program.states[op.state]
                 return StepFacts(
@@ -111,7 +117,9 @@ def _weight_names(op: ops.Op) -> tuple[str, ...]:
             return tuple(projection.weight for projection in op.projections)
         case ops.QuantGlu() | ops.ExpertGlu():
             return op.gate, op.up
-        case ops.SparseUp() | ops.SparseDown() | ops.PredictedLinear() | ops.ExpertDown():
+        case ops.SparseUp() | ops.SparseDown() | ops.PredictedLinear():
+            return (op.weight,)
+        case ops.ExpertGate() | ops.SparseExpertUp() | ops.ExpertDown():
             return (op.weight,)
         case ops.AddNorm():
             return (op.norm.weight,)

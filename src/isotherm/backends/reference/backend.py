@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from isotherm.backends.reference import contract, experts, float32
 from isotherm.errors import OptionError
-from isotherm.program import ops
+from isotherm.program import flow, ops
 from isotherm.program.backend import WeightTensor
 from isotherm.program.batch import Batch
 from isotherm.program.ops import Op, Value
@@ -98,10 +98,10 @@ class CompiledReference:
 
     def observe(self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, F32], None]) -> None:
         self._batch, self._values = batch, {}
-        shown = [i for i, op in enumerate(self._program.ops) if any(value in wanted for value in ops.outputs(op))]
+        shown = [i for i, op in enumerate(self._program.ops) if any(value in wanted for value in flow.outputs(op))]
         for op in self._program.ops[: max([self._head, *(i + 1 for i in shown)])]:
             self._step(op, self._values, batch)
-            for value in ops.outputs(op):
+            for value in flow.outputs(op):
                 if value in wanted:
                     look(value, self._values[value])
 
@@ -176,8 +176,8 @@ class CompiledReference:
                 values[op.out] = y if op.residual is None else values[op.residual] + y
             case ops.Route():
                 values[op.out] = experts.route(values[op.logits], op.experts.num_used)
-            case ops.ExpertGlu():
-                values[op.out] = self._expert_glu(values[op.x], values[op.routes], op)
+            case ops.ExpertGlu() | ops.ExpertGate() | ops.SparseExpertUp():
+                values[op.out] = self._expert_hidden(op, values)
             case ops.ExpertDown():
                 y = self._expert_down(values[op.x], values[op.routes], op)
                 values[op.out] = y if op.residual is None else values[op.residual] + y
@@ -237,15 +237,23 @@ class CompiledReference:
         out: F32 = hidden @ w.floats(op.down).T + (w.vector(op.down_bias) if op.down_bias else 0)
         return out
 
-    def _expert_glu(self, x: F32, routes: F32, op: ops.ExpertGlu) -> F32:
-        if op.norm is not None:
-            x = self._norm(contract, x, op.norm)
-        chosen = experts.experts_of(routes, op.experts.num_used)
+    def _expert_hidden(
+        self, op: ops.ExpertGlu | ops.ExpertGate | ops.SparseExpertUp, values: Mapping[Value, F32]
+    ) -> F32:
+        x = values[op.x] if op.norm is None else self._norm(contract, values[op.x], op.norm)
+        chosen = experts.experts_of(values[op.routes], op.experts.num_used)
         inputs = np.repeat(x[:, None], op.experts.num_used, axis=1)
-        gate, up = (
-            experts.matmul(inputs, chosen, self._matrix(name), op.experts.num_experts) for name in (op.gate, op.up)
-        )
-        return contract.glu(gate, up, op.activation).reshape(len(x), -1)
+
+        def times(weight: str) -> F32:
+            return experts.matmul(inputs, chosen, self._matrix(weight), op.experts.num_experts).reshape(len(x), -1)
+
+        match op:
+            case ops.ExpertGlu():
+                return contract.glu(times(op.gate), times(op.up), op.activation)
+            case ops.ExpertGate():
+                return times(op.weight)
+            case ops.SparseExpertUp():
+                return contract.glu(values[op.gated], times(op.weight), op.activation)
 
     def _expert_down(self, hidden: F32, routes: F32, op: ops.ExpertDown) -> F32:
         chosen = experts.experts_of(routes, op.experts.num_used)

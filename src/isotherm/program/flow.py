@@ -1,0 +1,27 @@
+"""What ops read and write."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from isotherm.program.ops import Op, QuantLinear, Value
+
+
+def outputs(op: Op) -> tuple[Value, ...]:
+    """Values that `op` writes."""
+    if isinstance(op, QuantLinear):
+        return tuple(projection.out for projection in op.projections)
+    return (op.out,)
+
+
+def inputs(op: Op) -> tuple[Value, ...]:
+    """Values that `op` reads."""
+    written = outputs(op)
+    return tuple(v for f in fields(op) if isinstance(v := getattr(op, f.name), Value) and v not in written)
+
+
+def replace_inputs(op: Op, by: Mapping[Value, Value]) -> Op:
+    """`op` with the values that it reads replaced where `by` names them."""
+    read = by.keys() & set(inputs(op))
+    changes: dict[str, Any] = {f.name: by[v] for f in fields(op) if (v := getattr(op, f.name)) in read}
+    return replace(op, **changes)
