@@ -155,7 +155,8 @@ def attempts_of(samples: LayerSamples, wanted: Wanted, gate_bytes: int) -> tuple
 
 def test_the_rank_with_which_a_token_reads_least() -> None:
     samples = made_samples(2000, 256, 3)
-    layer, tried = attempts_of(samples, Wanted(0.9, 256), gate_bytes=256 * 640)
+    gate_bytes = 1 << 20
+    layer, tried = attempts_of(samples, Wanted(0.9, 256), gate_bytes)
     assert layer.weights is not None
     assert layer.measured.predicted < 0.2
     best = min(tried, key=lambda attempt: attempt.read)
@@ -165,7 +166,7 @@ def test_the_rank_with_which_a_token_reads_least() -> None:
     assert set(ranks) <= {64, 128, 256}
     for attempt in tried:
         assert attempt.measured.recall >= 0.9
-        assert attempt.read == attempt.weights.num_bytes / (256 * 640) + attempt.measured.rows_read
+        assert attempt.read == attempt.weights.num_bytes / gate_bytes + attempt.measured.rows_read
 
 
 @pytest.mark.parametrize(("truth_rank", "gate_bytes"), [(None, 1 << 30), (3, 1000)], ids=["noise", "a tiny gate"])
@@ -173,6 +174,13 @@ def test_a_layer_that_is_better_off_without(truth_rank: int | None, gate_bytes: 
     layer, _ = attempts_of(made_samples(500, 64, truth_rank), Wanted(0.95, 64), gate_bytes)
     assert layer.weights is None
     assert 0 < layer.measured.active < 0.2
+
+
+def test_ranks_that_could_not_read_less_are_not_tried() -> None:
+    samples = made_samples(500, 256, 3)
+    num_columns = 256 + samples.ffn_size
+    _, tried = attempts_of(samples, Wanted(0.9, 256), gate_bytes=64 * num_columns * 2)
+    assert [attempt.weights.rank for attempt in tried] == [64], "twice that rank alone is as large as the gate"
 
 
 def test_a_layer_that_never_fires() -> None:

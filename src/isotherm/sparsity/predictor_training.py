@@ -110,7 +110,7 @@ def train_layer(
 
     held_out [tokens]: those that nothing is trained on. gate_bytes: of the weight whose rows it spares. The rank that
     is tried first follows from how many neurons fire, and how evenly: it then grows, or else shrinks, while less is
-    read.
+    read. Ranks that could not read less are left out.
     """
     training, testing = samples.part(np.flatnonzero(~held_out)), samples.part(np.flatnonzero(held_out))
     active = float(testing.num_fired.mean()) / len(testing)
@@ -124,12 +124,19 @@ def train_layer(
         on_attempt(found)
         return found
 
+    def least_read(rank: int) -> float:
+        """Of a predictor that predicts nothing in vain."""
+        num_weights = rank * (samples.codes.shape[1] + samples.ffn_size)
+        return PREDICTOR_TYPE.row_bytes(num_weights) / gate_bytes + wanted.recall * active
+
     ranks = ranks_to(wanted.max_rank)
     at = first_rank(ranks, samples)
     best = attempt(ranks[at])
     for step in (1, -1):
         place = at
-        while 0 <= (place := place + step) < len(ranks) and (other := attempt(ranks[place])).read < best.read:
+        while 0 <= (place := place + step) < len(ranks) and least_read(ranks[place]) < best.read:
+            if (other := attempt(ranks[place])).read >= best.read:
+                break
             best = other
         if best.weights.rank > ranks[at]:
             break
