@@ -10,6 +10,7 @@
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,20 @@ def assert_equal(actual: F32, expected: F32, what: str) -> None:
     if len(different):
         at = tuple(int(i) for i in different[0])
         raise AssertionError(f"{what}: {len(different)} differ, first at {at}: {actual[at]!r}, not {expected[at]!r}")
+
+
+def assert_by_neuron(dense: Finished, sparse: Finished, num_tokens: int, most_active: tuple[float, ...]) -> None:
+    """`sparse` = the reference of `dense`, in either backend, for any batch, any threads and each bound of a share."""
+    batch = chain(num_tokens, num_states=0)
+    expected = dense.reference(batch)
+    assert_equal(sparse.reference(batch), expected, "reference")
+    for isa in ISAS:
+        for num_threads, most in product((1, 2, 3), most_active):
+            compiled = sparse.compile(isa, num_threads, most_active=most)
+            for count in (1, 2, 3, 5, 8, num_tokens):
+                compiled.forward(chain(count, num_states=0))
+                what = f"{isa}, {num_threads} threads, {count} tokens, up to {most}"
+                assert_equal(compiled.logits(0, count), expected[:count], what)
 
 
 def assert_equal_on_every_isa(finished: Finished, max_tokens: int = MAX_TOKENS) -> None:

@@ -1,12 +1,11 @@
 """Only the neurons that fire: the bits of the dense kernels, for every weight type, instruction set and share."""
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sketch import ISAS, Finished, Sketch, assert_equal, chain, random_inputs
+from sketch import ISAS, Finished, Sketch, assert_by_neuron, assert_equal, chain, random_inputs
 from tiny import make_tiny, run, text_ids
 from tiny_models import random_blocks
 
@@ -54,16 +53,8 @@ def sketch_ffn(up: QuantType, down: QuantType, share: float, activation: Activat
 def check(
     up: QuantType, down: QuantType, share: float, activation: Activation, most_active: tuple[float, ...] = (1.0,)
 ) -> None:
-    expected = sketch_ffn(up, down, share, activation, is_sparse=False).reference(chain(NUM_TOKENS, num_states=0))
-    finished = sketch_ffn(up, down, share, activation, is_sparse=True)
-    assert_equal(finished.reference(chain(NUM_TOKENS, num_states=0)), expected, "reference")
-    for isa in ISAS:
-        for num_threads, most in product((1, 2, 3), most_active):
-            compiled = finished.compile(isa, num_threads, most_active=most)
-            for num_tokens in (1, 2, 3, 5, 8, NUM_TOKENS):
-                compiled.forward(chain(num_tokens, num_states=0))
-                what = f"{isa}, {num_threads} threads, {num_tokens} tokens, up to {most}"
-                assert_equal(compiled.logits(0, num_tokens), expected[:num_tokens], what)
+    dense, sparse = (sketch_ffn(up, down, share, activation, is_sparse=is_sparse) for is_sparse in (False, True))
+    assert_by_neuron(dense, sparse, NUM_TOKENS, most_active)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -1,14 +1,13 @@
 """Neurons within experts that fire, and those alone: the bits of the dense experts, on every instruction set."""
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sketch import ISAS, Finished, Sketch, assert_equal, chain, random_inputs
+from sketch import ISAS, Finished, Sketch, assert_by_neuron, assert_equal, chain, random_inputs
 from tiny_models import write_tiny
 
 import isotherm
@@ -63,17 +62,10 @@ def check(
     experts: Experts = FIVE,
     most_active: tuple[float, ...] = (1.0,),
 ) -> None:
-    batch = chain(NUM_TOKENS, num_states=0)
-    expected = sketch_experts(types, share, activation, experts, is_sparse=False).reference(batch)
-    finished = sketch_experts(types, share, activation, experts, is_sparse=True)
-    assert_equal(finished.reference(batch), expected, "reference")
-    for isa in ISAS:
-        for num_threads, most in product((1, 2, 3), most_active):
-            compiled = finished.compile(isa, num_threads, most_active=most)
-            for num_tokens in (1, 2, 3, 5, 8, NUM_TOKENS):
-                compiled.forward(chain(num_tokens, num_states=0))
-                what = f"{isa}, {num_threads} threads, {num_tokens} tokens, up to {most}"
-                assert_equal(compiled.logits(0, num_tokens), expected[:num_tokens], what)
+    dense, sparse = (
+        sketch_experts(types, share, activation, experts, is_sparse=is_sparse) for is_sparse in (False, True)
+    )
+    assert_by_neuron(dense, sparse, NUM_TOKENS, most_active)
 
 
 @pytest.mark.parametrize("share", SHARES)
