@@ -190,7 +190,7 @@ def test_any_text_is_a_value_or_an_option_error(setting: Setting, text: str) -> 
 def test_sampling_of_settings_is_that_of_the_engine() -> None:
     assert Settings().sampling == SamplingParams()
     untold = {field.name for field in dataclasses.fields(SamplingParams)} - set(SAMPLING)
-    assert untold == {"logit_bias", "num_logprobs"}
+    assert untold == {"logit_bias", "num_logprobs", "sequence"}
 
 
 @pytest.mark.parametrize("name", SAMPLING)

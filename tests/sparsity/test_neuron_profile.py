@@ -164,6 +164,11 @@ def test_damage_anywhere_is_seen(write: Callable[[str], Path], tmp_path: Path) -
             continue
         for layer, expected in zip(found.layers, whole.layers, strict=True):  # bytes that say nothing: dates, padding
             assert all(np.array_equal(getattr(layer, name), values) for name, values in vars(expected).items())
+    for damaged in (sound.replace(b"'fortran_order'", b"'fortran_order "), sound.replace(b"), }", b"),  ")):
+        assert damaged != sound
+        path.write_bytes(damaged)  # headers that are no Python
+        with pytest.raises(StatsFileError):
+            load_stats(path)
     for size in (1, 100, len(sound) // 2, len(sound) - 1):
         path.write_bytes(sound[:size])
         with pytest.raises(StatsFileError):

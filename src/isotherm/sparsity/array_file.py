@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import tempfile
+import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from isotherm.errors import StatsFileError
 # what NumPy, zipfile and json raise of bytes that are not what they should be
 _DAMAGES = (
     *(ValueError, KeyError, TypeError, EOFError, RuntimeError, OverflowError, MemoryError),
-    *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile),
+    *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, SyntaxError, tokenize.TokenError),
 )
 
 
