@@ -186,6 +186,9 @@ class Executor {
   bool gather(const ExpertInput& input, const Matrix& w, size_t index, int thread, QuantRows& rows);
   void multiply_group(const Matrix& w, int num_experts, const ExpertGroup& group, int panel, const QuantRows& rows,
                       float* totals);
+  template <class Finish>
+  void each_expert_panel(const ExpertInput& input, const Matrix& w, const QuantRows& rows, size_t index, int thread,
+                         const Finish& finish);
   float* of_member(int buffer, int member, int num_used, int width) const {
     return buffers_[buffer].row(member / num_used) + member % num_used * width;
   }

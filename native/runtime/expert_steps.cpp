@@ -87,19 +87,9 @@ bool Executor::run_step(const ExpertGluStep& step, size_t index, int thread) {
   const Matrix& w = step.weight;
   QuantRows rows;
   if (gather(step.input, w, index, thread, rows)) return true;
-  const ExpertGroups& found = workers_[thread].groups;
   const int num_used = step.input.num_used, ffn_size = w.rows / step.input.num_experts;
-  const int num_panels = ffn_size / kTileRows;
-  float* totals = workers_[thread].totals;
-  each_panel(found.count * num_panels, rows_of(index), index, thread, [&](int i) {
-    const ExpertGroup& group = found.groups[i / num_panels];
-    const int panel = i % num_panels;
-    multiply_group(w, step.input.num_experts, group, panel, rows, totals);
-    for (int r = 0; r < group.count; r++) {
-      const int member = found.members[group.first + r];
-      float* out = of_member(step.out, member, num_used, ffn_size);
-      kernels_.finish_glu(totals + r * kPanelRows, step.activation, out + panel * kTileRows);
-    }
+  each_expert_panel(step.input, w, rows, index, thread, [&](int member, int panel, const float* totals) {
+    kernels_.finish_glu(totals, step.activation, of_member(step.out, member, num_used, ffn_size) + panel * kTileRows);
   });
   return false;
 }

@@ -58,4 +58,19 @@ void Executor::each_panel(int count, int num_rows, size_t index, int thread, con
     for (int j = i; j < std::min(count, i + run); j++) panel(j);
 }
 
+// The panels of all experts that were chosen, times their rows: finish(member, panel, totals) for each row.
+template <class Finish>
+void Executor::each_expert_panel(const ExpertInput& input, const Matrix& w, const QuantRows& rows, size_t index,
+                                 int thread, const Finish& finish) {
+  const ExpertGroups& found = workers_[thread].groups;
+  const int num_panels = w.num_panels() / input.num_experts;
+  float* totals = workers_[thread].totals;
+  each_panel(found.count * num_panels, rows_of(index), index, thread, [&](int i) {
+    const ExpertGroup& group = found.groups[i / num_panels];
+    const int panel = i % num_panels;
+    multiply_group(w, input.num_experts, group, panel, rows, totals);
+    for (int r = 0; r < group.count; r++) finish(found.members[group.first + r], panel, totals + r * kPanelRows);
+  });
+}
+
 }  // namespace isotherm

@@ -11,17 +11,9 @@ bool Executor::run_step(const ExpertGateStep& step, size_t index, int thread) {
   const Matrix& w = step.weight;
   QuantRows rows;
   if (gather(step.input, w, index, thread, rows)) return true;
-  const ExpertGroups& found = workers_[thread].groups;
-  const int num_panels = w.num_panels() / step.input.num_experts;
-  float* totals = workers_[thread].totals;
-  each_panel(found.count * num_panels, rows_of(index), index, thread, [&](int i) {
-    const ExpertGroup& group = found.groups[i / num_panels];
-    const int panel = i % num_panels;
-    multiply_group(w, step.input.num_experts, group, panel, rows, totals);
-    for (int r = 0; r < group.count; r++) {
-      float* out = of_member(step.out, found.members[group.first + r], step.input.num_used, num_panels * kPanelRows);
-      std::copy(totals + r * kPanelRows, totals + (r + 1) * kPanelRows, out + panel * kPanelRows);
-    }
+  const int num_used = step.input.num_used, ffn_size = w.rows / step.input.num_experts;
+  each_expert_panel(step.input, w, rows, index, thread, [&](int member, int panel, const float* totals) {
+    std::copy(totals, totals + kPanelRows, of_member(step.out, member, num_used, ffn_size) + panel * kPanelRows);
   });
   return false;
 }
@@ -38,19 +30,10 @@ bool Executor::run_step(const ExpertUpStep& step, size_t index, int thread) {
       return false;
     }
   }
-  const ExpertGroups& found = workers_[thread].groups;
-  const int num_panels = ffn_size / kPanelRows;
-  float* totals = workers_[thread].totals;
-  each_panel(found.count * num_panels, num_rows, index, thread, [&](int i) {
-    const ExpertGroup& group = found.groups[i / num_panels];
-    const int panel = i % num_panels, column = panel * kPanelRows;
-    multiply_group(w, step.input.num_experts, group, panel, rows, totals);
-    for (int r = 0; r < group.count; r++) {
-      const int member = found.members[group.first + r];
-      finish_up(kPanelRows, totals + r * kPanelRows, step.activation,
-                of_member(step.gate, member, num_used, ffn_size) + column,
-                of_member(step.out, member, num_used, ffn_size) + column);
-    }
+  each_expert_panel(step.input, w, rows, index, thread, [&](int member, int panel, const float* totals) {
+    const int column = panel * kPanelRows;
+    finish_up(kPanelRows, totals, step.activation, of_member(step.gate, member, num_used, ffn_size) + column,
+              of_member(step.out, member, num_used, ffn_size) + column);
   });
   return false;
 }

@@ -293,6 +293,8 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (SamplingParams(num_logprobs=-1), "num_logprobs is -1"),
         (SamplingParams(seed=2**64), "seed is"),
         (SamplingParams(seed=-1), "seed is -1"),
+        (SamplingParams(sequence=-1), "sequence is -1; it must be a whole number from 0"),
+        (SamplingParams(sequence=2**64), "sequence is"),
         (SamplingParams(logit_bias=((10, 1.0),)), "a token id of logit_bias is 10; .* from 0 to 9"),
         (SamplingParams(logit_bias=((1, math.nan),)), "logit_bias of token 1 is nan"),
         (SamplingParams(logit_bias=((1, math.inf),)), "logit_bias of token 1 is inf"),

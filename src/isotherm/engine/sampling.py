@@ -38,6 +38,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         _check_integer(name, getattr(params, name), lowest, highest)
     if params.seed is not None:
         _check_integer("seed", params.seed, 0, 2**64 - 1)
+    _check_integer("sequence", params.sequence, 0, 2**64 - 1)
     seen = set[int]()
     for token_id, bias in params.logit_bias:
         _check_integer("a token id of logit_bias", token_id, 0, vocab_size - 1)

@@ -227,7 +227,7 @@ class _Compiler:
     def _sparse_up(self, op: ops.SparseUp) -> None:
         at = self.buffers.at
         x, norm, gate, matrix = at[op.x], self._norm(op.norm), at[op.gated], self._matrix(op.weight)
-        rows = self._rows(op.weight) if op.by_rows else _NOTHING
+        rows = self._rows(op.weight, is_kept=op.by_rows)
         self._builder.up(x, norm, gate, matrix, rows, op.activation.value, at[op.out])
 
     def _predicted(self, op: ops.PredictedLinear) -> None:
@@ -235,12 +235,12 @@ class _Compiler:
         projection = (self._matrix(op.weight), self._vector(op.bias) if op.bias else -1, at[op.out])
         activation = op.activation.value if op.activation else ""
         scores, x, norm = at[op.scores], at[op.x], self._norm(op.norm)
-        rows = self._rows(op.weight) if op.by_rows else _NOTHING
+        rows = self._rows(op.weight, is_kept=op.by_rows)
         self._builder.predicted(x, norm, projection, rows, activation, scores, op.threshold)
 
-    def _rows(self, weight: str) -> NDArray[np.uint8]:
-        """Those of a matrix, each in one piece."""
-        return self._weights.array(rows_name(weight)).view(np.uint8)
+    def _rows(self, weight: str, *, is_kept: bool = True) -> NDArray[np.uint8]:
+        """Those of a matrix, each in one piece; none where they are not kept so."""
+        return self._weights.array(rows_name(weight)).view(np.uint8) if is_kept else _NOTHING
 
     def _neurons(self, weight: str) -> tuple[NDArray[np.uint8], tuple[bool, bool, bool, bool, int]]:
         """Those of a matrix, and how they are kept."""
