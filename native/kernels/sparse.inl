@@ -133,7 +133,7 @@ void add_neurons(const NeuronsArgs& args) {
   const F activation_scale = splat(args.scale);
   for (int output = args.first_output; output < args.end_output; output += kOutputs) {
     const size_t line = static_cast<size_t>(output / kOutputs);
-    for (int i = 0; i < args.num_next; i++)  // into L1: there is room for a few rows; the scales would push them out
+    for (int i = 0; i < args.num_next; i++)  // into L1, unlike the scales: as measured
       __builtin_prefetch(args.codes + static_cast<size_t>(args.next[i]) * args.row_bytes + 64 * line, 0, 3);
     for (int at = output * kScaleBytes; args.num_next && at < (output + kOutputs) * kScaleBytes; at += 64) {
       __builtin_prefetch(args.scales + args.next_block + at, 0, 2);
