@@ -68,21 +68,23 @@ class BoundExecutor {
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
   }
 
-  // A page of a state group, all layers: [layer slot][kv head], each as table.h has it.
+  // A page of a state group, all layers: [layer slot][kv head], each as table.h has it; those of a GPU come last.
   void read_page(int group, int page, PageBytes out) {
     const KvPool& pool = pool_of(group, page, out.size());
     uint8_t* to = out.data();
     const nb::gil_scoped_release nogil;
-    const size_t bytes = pool.page_bytes();
+    const size_t bytes = pool.page_bytes(), own = bytes * static_cast<size_t>(pool.num_layers);
     for (int slot = 0; slot < pool.num_layers; slot++) std::memcpy(to + slot * bytes, pool.page(slot, page), bytes);
+    if (limits_.gpu) limits_.gpu->read_page(group, page, bytes, to + own);
   }
 
   void write_page(int group, int page, Bytes data) {
     const KvPool& pool = pool_of(group, page, data.size());
     const uint8_t* from = data.data();
     const nb::gil_scoped_release nogil;
-    const size_t bytes = pool.page_bytes();
+    const size_t bytes = pool.page_bytes(), own = bytes * static_cast<size_t>(pool.num_layers);
     for (int slot = 0; slot < pool.num_layers; slot++) std::memcpy(pool.page(slot, page), from + slot * bytes, bytes);
+    if (limits_.gpu) limits_.gpu->write_page(group, page, bytes, from + own);
   }
 
   double read_weights() {
@@ -126,11 +128,6 @@ class BoundExecutor {
   }
 
  private:
-  struct Pool {
-    KvPool kv;
-    int window;
-  };
-
   void check_neurons(int step, int num_rows, int num_neurons) const {
     require(step >= 0 && step < limits_.num_steps && limits_.has_neurons[static_cast<size_t>(step)], "step of neurons");
     require(num_rows > 0 && num_rows <= few_rows(), "rows");
@@ -143,24 +140,26 @@ class BoundExecutor {
         : max_tokens(builder.program_.max_tokens),
           max_head_rows(builder.program_.max_head_rows),
           num_steps(static_cast<int>(builder.program_.steps.size())),
-          widths(builder.program_.widths) {
-      for (const KvPool& pool : builder.program_.pools) pools.push_back({pool, 0});
+          widths(builder.program_.widths),
+          pools(builder.program_.pools),
+          gpu(builder.program_.gpu),
+          num_embeddings(builder.gpu_limits_.num_embeddings),
+          num_positions(builder.gpu_limits_.num_positions) {
       for (const Step& step : builder.program_.steps) {
         has_neurons.push_back(isotherm::has_neurons(step));
         if (const auto* embed = std::get_if<EmbedStep>(&step)) num_embeddings = embed->weight.rows;
         if (const auto* embed = std::get_if<EmbedPositionsStep>(&step))
           num_positions = std::min(num_positions, embed->weight.rows - embed->first_row);
-        if (const auto* attention = std::get_if<AttentionStep>(&step)) {
-          pools[static_cast<size_t>(attention->state)].window = attention->window;
+        if (const auto* attention = std::get_if<AttentionStep>(&step))
           num_positions = std::min(num_positions, attention->num_positions);
-        }
       }
     }
     int max_tokens, max_head_rows, num_steps;
-    std::vector<bool> has_neurons;  // by step
-    std::vector<int> widths;        // of the buffers; the last one is the logits
-    int num_embeddings = 0, num_positions = INT32_MAX;
-    std::vector<Pool> pools;
+    std::vector<bool> has_neurons;    // by step
+    std::vector<int> widths;          // of the buffers; the last one is the logits
+    std::vector<KvPool> pools;
+    std::shared_ptr<GpuProgram> gpu;  // or null
+    int num_embeddings, num_positions;
   };
 
   BatchView view(const Ints& token_ids, const Sequences& sequences, const Ints& logit_rows) {
@@ -193,18 +192,19 @@ class BoundExecutor {
 
   const KvPool& pool_of(int group, int page, size_t num_bytes) const {
     require(group >= 0 && group < static_cast<int>(limits_.pools.size()), "state group");
-    const KvPool& pool = limits_.pools[static_cast<size_t>(group)].kv;
+    const KvPool& pool = limits_.pools[static_cast<size_t>(group)];
     require(page >= 0 && page < pool.num_pages, "page");
-    require(num_bytes == pool.page_bytes() * static_cast<size_t>(pool.num_layers), "bytes of a page");
+    const int num_layers = pool.num_layers + (limits_.gpu ? limits_.gpu->num_layers(group) : 0);
+    require(num_bytes == pool.page_bytes() * static_cast<size_t>(num_layers), "bytes of a page");
     return pool;
   }
 
   // Every position that the new tokens see, their own included, has a page of the pool.
-  static void check_pages(const Ints& pages, const Pool& pool, int num_cached, int end) {
+  static void check_pages(const Ints& pages, const KvPool& pool, int num_cached, int end) {
     const int oldest = pool.window && num_cached + 1 > pool.window ? num_cached + 1 - pool.window : 0;
     require(static_cast<int>(pages.size()) >= (end + kPageTokens - 1) / kPageTokens, "page table is too short");
     for (int i = oldest / kPageTokens; i <= (end - 1) / kPageTokens; i++)
-      require(pages.data()[i] >= 0 && pages.data()[i] < pool.kv.num_pages, "page of a visible position");
+      require(pages.data()[i] >= 0 && pages.data()[i] < pool.num_pages, "page of a visible position");
   }
 
   // Releases the GIL for the run; takes it back now and then to let Python's signal handlers speak.
@@ -259,6 +259,8 @@ void bind_executor(nb::module_& m) {
       .def("matrix", &ProgramBuilder::matrix)
       .def("rope_table", &ProgramBuilder::rope_table)
       .def("pool", &ProgramBuilder::pool)
+      .def("gpu", &ProgramBuilder::gpu)
+      .def("device_step", &ProgramBuilder::device_step)
       .def("embed", &ProgramBuilder::embed)
       .def("embed_positions", &ProgramBuilder::embed_positions)
       .def("linear", &ProgramBuilder::linear)

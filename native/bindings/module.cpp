@@ -8,6 +8,7 @@
 namespace nb = nanobind;
 
 void bind_executor(nb::module_& m);
+void bind_gpu(nb::module_& m);
 void bind_merges(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_pages(nb::module_& m);
@@ -25,6 +26,7 @@ NB_MODULE(_native, m) {
       },
       "Instruction sets that this processor can run, slowest first.");
   bind_executor(m);
+  bind_gpu(m);
   bind_merges(m);
   bind_sampler(m);
   bind_pages(m);

@@ -19,6 +19,9 @@
 namespace nb = nanobind;
 using namespace isotherm;
 
+// Of what Python holds as a GpuProgram.
+std::shared_ptr<GpuProgram> gpu_program(nb::handle bound);
+
 namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -106,13 +109,26 @@ class ProgramBuilder {
     return static_cast<int>(tables_.size()) - 1;
   }
 
-  int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim) {
-    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_layers, num_pages, num_kv_heads, head_dim};
+  // num_layers: of those whose attention the CPU computes, which have the first slots.
+  int pool(bool is_q8_0, int num_layers, int num_pages, int num_kv_heads, int head_dim, int window) {
+    KvPool pool{nullptr, is_q8_0 ? KvType::Q8_0 : KvType::F16, num_layers, num_pages, num_kv_heads, head_dim, window};
     pools_.push_back(
         std::make_shared<Arena>(pool.page_bytes() * static_cast<size_t>(num_pages) * static_cast<size_t>(num_layers)));
     pool.data = pools_.back()->as<uint8_t>();
     program_.pools.push_back(pool);
     return static_cast<int>(program_.pools.size()) - 1;
+  }
+
+  // bound: a GpuProgram, for `device_step`; its steps take token ids and positions below these.
+  void gpu(nb::object bound, int num_embeddings, int num_positions) {
+    program_.gpu = gpu_program(bound);
+    gpu_limits_ = {num_embeddings, num_positions};
+    arrays_.push_back(std::move(bound));
+  }
+
+  void device_step(int index, bool is_select) {
+    require(program_.gpu != nullptr && index >= 0 && index < program_.gpu->num_steps(), "device_step");
+    program_.steps.push_back(DeviceStep{index, is_select});
   }
 
   void embed(int matrix, float scale, int out) {
@@ -234,7 +250,9 @@ class ProgramBuilder {
         s.rope_table < 0 ? RopeTable{nullptr, INT32_MAX, 0} : tables_.at(s.rope_table);
     require(s.head_dim % 16 == 0 && rope_dims % 2 == 0 && rope_dims <= s.head_dim, "attention: head_dim");
     require(s.num_kv_heads > 0 && s.num_heads % s.num_kv_heads == 0, "attention: heads");
-    require(pool.num_kv_heads == s.num_kv_heads && pool.head_dim == s.head_dim, "attention: pool");
+    require(pool.num_kv_heads == s.num_kv_heads && pool.head_dim == s.head_dim && pool.window == s.window,
+            "attention: pool");
+    require(s.slot >= 0 && s.slot < pool.num_layers, "attention: slot");
     require(width(s.q) == s.num_heads * s.head_dim && width(s.out) == width(s.q), "attention: q");
     require(width(s.k) == s.num_kv_heads * s.head_dim && width(s.v) == width(s.k), "attention: k and v");
     program_.steps.push_back(AttentionStep{s.q, s.k, s.v, s.out, norm(s.q_norm, s.head_dim), norm(s.k_norm, s.head_dim),
@@ -321,6 +339,8 @@ class ProgramBuilder {
             else if constexpr (requires { s.projections; })
               return std::any_of(s.projections.begin(), s.projections.end(),
                                  [&](const Projection& p) { return p.out == routes; });
+            else if constexpr (std::is_same_v<std::decay_t<decltype(s)>, DeviceStep>)
+              return program_.gpu->writes(s.index, routes);
             else
               return s.out == routes;
           },
@@ -352,6 +372,10 @@ class ProgramBuilder {
   };
   std::vector<RopeTable> tables_;
   std::vector<std::shared_ptr<Arena>> pools_;
+  struct GpuLimits {
+    int num_embeddings = 0, num_positions = INT32_MAX;
+  };
+  GpuLimits gpu_limits_;
   std::vector<nb::object> arrays_;  // what the raw pointers point into
 };
 

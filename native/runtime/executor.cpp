@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -51,7 +52,7 @@ Executor::Executor(NativeProgram program, const KernelTable& kernels, int num_th
       pool_(num_threads),
       workers_(static_cast<size_t>(num_threads)),
       counters_(program_.steps.size()) {
-  while (select_ < program_.steps.size() && !std::holds_alternative<SelectStep>(program_.steps[select_])) select_++;
+  while (select_ < program_.steps.size() && !selects_rows(program_.steps[select_])) select_++;
   measure();
   for (const Step& step : program_.steps) most_active_.emplace_back().fill(has_neurons(step) ? 0 : -1);
 }
@@ -157,7 +158,13 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
     if (log_ && thread > 0) log_->mark(thread, first, Phase::kStart);
     auto polled = std::chrono::steady_clock::now();
     for (size_t i = first; i < last; i++) {
-      if (std::visit([&](const auto& step) { return run_step(step, i, thread); }, program_.steps[i])) break;
+      if (std::holds_alternative<DeviceStep>(program_.steps[i])) {
+        const size_t end = end_on_device(i, last);
+        if (thread == 0) run_on_device(i, end, poll);
+        i = end - 1;
+      } else if (std::visit([&](const auto& step) { return run_step(step, i, thread); }, program_.steps[i])) {
+        break;
+      }
       if (thread == 0 && poll) {
         const auto now = std::chrono::steady_clock::now();
         if (now - polled >= kPollInterval) {
@@ -171,6 +178,7 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
   const auto ended = std::chrono::steady_clock::now();
   if (log_) log_->mark(0, last - 1, Phase::kWait, ended);
   busy_s_ += std::chrono::duration<double>(ended - started).count();
+  if (device_failure_) std::rethrow_exception(std::exchange(device_failure_, nullptr));
   return !stop_.load(std::memory_order_relaxed);
 }
 
@@ -191,6 +199,13 @@ void Executor::begin(const BatchView& batch) {
       partials = std::max(partials, rows * blocks * partial_floats(attention->head_dim));
     }
   if (partials_.size() < partials) partials_.resize(partials);
+  if (program_.gpu) program_.gpu->begin(batch_, positions_);
+}
+
+void Executor::begin_head(int first, int count) {
+  head_first_ = first;
+  head_count_ = count;
+  if (program_.gpu) program_.gpu->begin_head(batch_.logit_rows + first, count);
 }
 
 bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
@@ -204,6 +219,7 @@ bool Executor::observe(const BatchView& batch, const std::vector<Stop>& stops, c
   const auto walk_part = [&](size_t first, size_t end, size_t i, int rows) {
     for (; i < stops.size() && stops[i].step < end; first = stops[i++].step + 1) {
       if (first <= stops[i].step && !walk(first, stops[i].step + 1, poll)) return false;
+      fetch(stops[i]);
       const Buffer& buffer = buffers_[static_cast<size_t>(stops[i].buffer)];
       look(i, buffer.data, buffer.stride, rows);
     }
@@ -212,16 +228,15 @@ bool Executor::observe(const BatchView& batch, const std::vector<Stop>& stops, c
   if (!walk_part(0, select_, 0, batch.num_tokens)) return false;
   size_t late = 0;
   while (late < stops.size() && stops[late].step < select_) late++;
-  for (head_first_ = 0; late < stops.size() && head_first_ < batch.num_logit_rows; head_first_ += head_count_) {
-    head_count_ = std::min(program_.max_head_rows, batch.num_logit_rows - head_first_);
+  for (int first = 0; late < stops.size() && first < batch.num_logit_rows; first += head_count_) {
+    begin_head(first, std::min(program_.max_head_rows, batch.num_logit_rows - first));
     if (!walk_part(select_, program_.steps.size(), late, head_count_)) return false;
   }
   return true;
 }
 
 bool Executor::head(int first, int count, float* logits, const std::function<bool()>& poll) {
-  head_first_ = first;
-  head_count_ = count;
+  begin_head(first, count);
   Buffer& out = buffers_.back();
   out.data = logits;
   out.stride = static_cast<size_t>(out.width);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -124,6 +125,7 @@ class Executor {
   T* allocate(size_t count);
   void measure();
   void begin(const BatchView& batch);
+  void begin_head(int first, int count);
   bool walk(size_t first, size_t last, const std::function<bool()>& poll);
   // Whether a row of a step belongs to a sequence that is trimmed.
   bool is_trimmed(size_t step, int row) const {
@@ -140,6 +142,9 @@ class Executor {
     return stopped;
   }
 
+  void fetch(const Stop& stop);
+  size_t end_on_device(size_t first, size_t last) const;
+  void run_on_device(size_t first, size_t end, const std::function<bool()>& poll);
   // Each gives true when the run was stopped at a barrier inside.
   bool run_step(const EmbedStep& step, size_t index, int thread);
   bool run_step(const EmbedPositionsStep& step, size_t index, int thread);
@@ -157,6 +162,7 @@ class Executor {
   bool run_step(const AttentionStep& step, size_t index, int thread);
   bool run_step(const AddNormStep& step, size_t index, int thread);
   bool run_step(const SelectStep& step, size_t index, int thread);
+  bool run_step(const DeviceStep&, size_t, int) { return false; }  // the walk takes runs of them
   bool quantise(int x, Norm norm, int columns, const InputNeeds& needs, size_t index, int thread, QuantRows& rows);
   const float* normed(int x, const Norm& norm, int row, int columns, int thread);
   // Rows that are no single bundle are computed whole: together they fire most neurons.
@@ -229,7 +235,8 @@ class Executor {
   size_t select_ = 0;                                      // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
-  std::unique_ptr<StepLog> log_;  // null: nobody asked
+  std::exception_ptr device_failure_;  // thrown by the walk, once all threads have left it
+  std::unique_ptr<StepLog> log_;       // null: nobody asked
 };
 
 }  // namespace isotherm

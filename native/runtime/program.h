@@ -1,10 +1,13 @@
 // A lowered program as flat steps over plain data: what the executor walks. Built once, then only read.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <variant>
 #include <vector>
 
+#include "../gpu/gpu_program.h"
 #include "../kernels/table.h"
+#include "batch.h"
 
 namespace isotherm {
 
@@ -210,9 +213,15 @@ struct SelectStep {
   int x, out;
 };
 
+// A step that the GPU takes.
+struct DeviceStep {
+  int index;       // in NativeProgram::gpu
+  bool is_select;  // the rows that the head reads
+};
+
 using Step = std::variant<EmbedStep, EmbedPositionsStep, LinearStep, GluStep, PredictedStep, UpStep, TrimStep, DownStep,
                           RouteStep, ExpertGluStep, ExpertGateStep, ExpertUpStep, ExpertDownStep, AttentionStep,
-                          AddNormStep, SelectStep>;
+                          AddNormStep, SelectStep, DeviceStep>;
 
 // Whether it has weights by neuron.
 inline bool has_neurons(const Step& step) {
@@ -224,11 +233,18 @@ inline bool has_neurons(const Step& step) {
          std::holds_alternative<ExpertUpStep>(step);
 }
 
-// KV pages of one state group: [layer slot][page][kv head], each as table.h has it.
+inline bool selects_rows(const Step& step) {
+  const auto* on_device = std::get_if<DeviceStep>(&step);
+  return std::holds_alternative<SelectStep>(step) || (on_device && on_device->is_select);
+}
+
+// KV pages of one state group, of its layers that the CPU computes: [layer slot][page][kv head], each as table.h has
+// it.
 struct KvPool {
   uint8_t* data;
   KvType type;
   int num_layers, num_pages, num_kv_heads, head_dim;
+  int window;  // of every layer's attention; 0: none
 
   size_t head_bytes() const { return 2 * kv_half_bytes(type, head_dim); }
   size_t page_bytes() const { return head_bytes() * num_kv_heads; }  // of one layer
@@ -238,27 +254,13 @@ struct KvPool {
   uint8_t* head(int slot, int head) const { return page(slot, 0) + head * head_bytes(); }
 };
 
-struct SequenceView {
-  int start;  // first row in the batch
-  int num_new, num_cached;
-  std::vector<const int32_t*> page_tables;  // by state group
-  bool is_trimmed;
-};
-
-struct BatchView {
-  const int32_t* token_ids;
-  int num_tokens;
-  std::vector<SequenceView> sequences;
-  const int32_t* logit_rows;
-  int num_logit_rows;
-};
-
 struct NativeProgram {
   int max_tokens;           // rows of a batch
   int max_head_rows;        // rows that the head takes at once
   std::vector<int> widths;  // of the buffers; the last buffer is the logits
-  std::vector<Step> steps;  // those from the SelectStep on run on logit rows
+  std::vector<Step> steps;  // those from the first selection of rows on run on logit rows
   std::vector<KvPool> pools;
+  std::shared_ptr<GpuProgram> gpu;  // null: no step is a DeviceStep
 };
 
 }  // namespace isotherm

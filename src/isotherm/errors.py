@@ -12,7 +12,9 @@ IsothermError
 ├── StatsFileError         a file of neuron statistics is damaged, or is none
 ├── TemplateError          the model's chat template failed, or ran past its limits
 ├── ContextOverflow        the prompt and the answer do not fit the context
-├── InsufficientMemory     the model, with its KV pages, does not fit this machine
+├── InsufficientMemory     the model, with its KV pages, does not fit this machine, or a GPU its share
+├── DeviceNotFound         no GPU, or no driver, where one was asked for, or it cannot run our arithmetic
+├── DeviceFailed           a GPU or its driver failed: it is lost, or did not compile a kernel
 ├── ServerError            no server runs where one was asked, or it failed
 └── UnsupportedCpu         the instruction set that was asked for is not to be had here
 
@@ -85,6 +87,14 @@ class ContextOverflow(IsothermError):
 
 class InsufficientMemory(IsothermError):
     """The forecast of weights, KV pages and work buffers does not fit; names each part in bytes."""
+
+
+class DeviceNotFound(IsothermError):
+    """No OpenCL driver, no such device, or one that lacks what the arithmetic contract needs; lists what there is."""
+
+
+class DeviceFailed(IsothermError):
+    """A driver refused a kernel, or a device was lost while it ran; names the device and the call."""
 
 
 class ServerError(IsothermError):

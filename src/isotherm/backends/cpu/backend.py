@@ -1,8 +1,8 @@
 """The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,30 @@ HEAD_DIM_MULTIPLE = 16  # lanes of a vector
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
 
+class DevicePart(Protocol):
+    """A GPU beside the CPU, on which some ops of a Program run."""
+
+    @property
+    def program(self) -> "_native.GpuProgram": ...
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that its embedding has; 0: it has none."""
+
+    @property
+    def rope_tables(self) -> Mapping[Rope, F32]:
+        """float32 [context, dims] of each; filled here as positions are reached."""
+
+    def takes(self, index: int) -> bool:
+        """Whether it runs the Program's op at this index."""
+
+    def step(self, index: int) -> int:
+        """The place of an op in `program`; asked for once each, in the order of the ops."""
+
+    def num_layers(self, state: int) -> int:
+        """Layers of a state group whose pages it keeps: those with the last slots."""
+
+
 class CpuBackend:
     """Packed weights and a way to run them."""
 
@@ -46,10 +70,13 @@ class CpuBackend:
         self._num_threads = num_threads
         self._most_active = most_active
 
-    def compile(self, program: Program, limits: CpuLimits) -> "CompiledCpu":
-        """`program` is lowered. Raises UnsupportedModel for a head size that the kernels cannot hold."""
+    def compile(self, program: Program, limits: CpuLimits, device: DevicePart | None = None) -> "CompiledCpu":
+        """`program` is lowered; the ops that `device` takes are its own.
+
+        Raises UnsupportedModel for a head size that the kernels cannot hold.
+        """
         builder = _native.ProgramBuilder(limits.max_tokens, limits.max_head_rows)
-        compiler = _Compiler(builder, program, self._weights, limits)
+        compiler = _Compiler(builder, program, self._weights, limits, device)
         compiler.compile()
         executor = _native.Executor(builder, self._isa, self._num_threads)
         set_break_even(executor, program, self._weights.entry, self._most_active)
@@ -154,26 +181,38 @@ class _Compiler:
     """Gives every weight an index and writes the steps."""
 
     def __init__(
-        self, builder: "_native.ProgramBuilder", program: Program, weights: PackedWeights, limits: CpuLimits
+        self,
+        builder: "_native.ProgramBuilder",
+        program: Program,
+        weights: PackedWeights,
+        limits: CpuLimits,
+        device: DevicePart | None,
     ) -> None:
         self._builder = builder
         self._program = program
         self._weights = weights
         self._limits = limits
-        self.rope_tables: dict[Rope, F32] = {}
+        self._device = device
+        self.rope_tables: dict[Rope, F32] = dict(device.rope_tables) if device else {}
         self._rope_indices: dict[Rope, int] = {}
         self._matrices: dict[str, int] = {}
         self._vectors: dict[str, int] = {}
         self.buffers = plan_buffers(program)
 
     def compile(self) -> None:
-        for state, num_pages in zip(self._program.states, self._limits.num_pages, strict=True):
+        for i, (state, num_pages) in enumerate(zip(self._program.states, self._limits.num_pages, strict=True)):
+            num_layers = state.num_layers - (self._device.num_layers(i) if self._device else 0)
             is_q8_0 = state.kv_type is KvType.Q8_0
-            self._builder.pool(is_q8_0, state.num_layers, num_pages, state.num_kv_heads, state.head_dim)
+            self._builder.pool(is_q8_0, num_layers, num_pages, state.num_kv_heads, state.head_dim, state.window or 0)
         for width in self.buffers.widths:
             self._builder.buffer(width)
-        for op in self._program.ops:
-            self._step(op)
+        if self._device:
+            self._builder.gpu(self._device.program, self._device.num_embeddings, self._limits.context_tokens)
+        for i, op in enumerate(self._program.ops):
+            if self._device and self._device.takes(i):
+                self._builder.device_step(self._device.step(i), isinstance(op, ops.SelectRows))
+            else:
+                self._step(op)
 
     def _step(self, op: ops.Op) -> None:
         b, at = self._builder, self.buffers.at
@@ -300,7 +339,8 @@ class _Compiler:
         if rope is None:
             return -1
         if rope not in self._rope_indices:
-            self.rope_tables[rope] = np.zeros((self._limits.context_tokens, rope.dims), np.float32)
+            if rope not in self.rope_tables:
+                self.rope_tables[rope] = np.zeros((self._limits.context_tokens, rope.dims), np.float32)
             self._rope_indices[rope] = self._builder.rope_table(self.rope_tables[rope])
         return self._rope_indices[rope]
 

@@ -1,0 +1,106 @@
+"""An open GPU: its driver, and kernels that are compiled once and kept on disk."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isotherm import _native
+from isotherm.backends.gpu.sources import Source, Tiling
+
+GpuBuffer: TypeAlias = "_native.GpuBuffer"
+Argument: TypeAlias = "int | float | _native.GpuBuffer"
+
+_DIGEST_BYTES = 32  # before a kept binary: what was half written is never believed
+_SUFFIX = ".kernel"
+
+
+class KernelCache:
+    """Compiled kernels in a folder, by source, options, device and driver. Where it cannot be written, nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, key: str) -> bytes:
+        """Empty where there is none."""
+        try:
+            data = (self._folder / (key + _SUFFIX)).read_bytes()
+        except OSError:
+            return b""
+        digest, binary = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        return binary if hashlib.sha256(binary).digest() == digest else b""
+
+    def write(self, key: str, binary: bytes) -> None:
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self._folder)
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(binary).digest() + binary)
+            Path(name).replace(self._folder / (key + _SUFFIX))
+
+
+class Gpu(Protocol):
+    """What a program is compiled for: a device, or the count of what it would take there."""
+
+    tiling: Tiling
+
+    def allocate(self, num_bytes: int) -> GpuBuffer: ...
+
+    def upload(self, num_bytes: int, parts: Iterable[NDArray[np.uint8]]) -> GpuBuffer: ...
+
+    def kernel(self, source: Source, name: str, arguments: list[Argument]) -> int: ...
+
+    def program(self, batch: GpuBuffer, head: GpuBuffer, num_states: int) -> "_native.GpuProgram": ...
+
+
+class OpenGpu:
+    """A device with the programs that were built for it."""
+
+    def __init__(self, index: int, cache: KernelCache | None, tiling: Tiling | None = None) -> None:
+        """index: as `_native.list_gpus` has it. Raises DeviceNotFound and DeviceFailed."""
+        self.device = _native.GpuDevice(index)
+        self.facts = self.device.facts
+        self.tiling = tiling or Tiling()
+        self._cache = cache
+        self._programs: dict[Source, int] = {}
+
+    def allocate(self, num_bytes: int) -> GpuBuffer:
+        """Raises InsufficientMemory, there or when it is first written."""
+        return self.device.allocate(num_bytes)
+
+    def upload(self, num_bytes: int, parts: Iterable[NDArray[np.uint8]]) -> GpuBuffer:
+        """A buffer of these bytes. Raises InsufficientMemory."""
+        buffer, offset = self.allocate(num_bytes), 0
+        for part in parts:
+            self.device.write(buffer, offset, np.ascontiguousarray(part))
+            offset += part.size
+        assert offset == num_bytes
+        return buffer
+
+    def kernel(self, source: Source, name: str, arguments: list[Argument]) -> int:
+        """A kernel with its arguments. Raises DeviceFailed where the driver does not compile it."""
+        if source not in self._programs:
+            self._programs[source] = self._build(source)
+        return int(self.device.kernel(self._programs[source], name, arguments))
+
+    def program(self, batch: GpuBuffer, head: GpuBuffer, num_states: int) -> "_native.GpuProgram":
+        return _native.GpuProgram(self.device, batch, head, num_states)
+
+    def _build(self, source: Source) -> int:
+        key = self._key(source)
+        kept = self._cache.read(key) if self._cache else b""
+        program = int(self.device.build(source.text, source.options, kept))
+        if self._cache and not kept:
+            self._cache.write(key, self.device.binary(program))
+        return program
+
+    def _key(self, source: Source) -> str:
+        facts = self.facts
+        parts = (source.text, source.options, facts.platform, facts.name, facts.vendor, facts.driver)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

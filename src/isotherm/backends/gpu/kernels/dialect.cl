@@ -1,0 +1,92 @@
+// The C dialect of the kernels: what OpenCL C and other languages of GPUs spell differently, and the scalar functions of
+// the arithmetic contract (ARCHITECTURE.md). A group is LANES lanes in one dimension.
+#pragma OPENCL FP_CONTRACT OFF
+#define KERNEL __kernel
+#define GLOBAL __global
+#define LOCAL __local
+#define CONSTANT __constant
+#define INLINE static inline
+#define GROUP(dimension) ((int)get_group_id(dimension))
+#define LANE ((int)get_local_id(0))
+#define BARRIER() barrier(CLK_LOCAL_MEM_FENCE)
+#define BITS_OF(x) as_uint(x)
+#define FLOAT_OF(bits) as_float(bits)
+#define FMA(a, b, c) fma(a, b, c)
+#define NOT_A_NUMBER FLOAT_OF(0x7FC00000u)
+
+typedef uchar u8;
+
+INLINE float half_at(GLOBAL const u8* p) { return vload_half(0, (GLOBAL const half*)p); }
+INLINE float float_at(GLOBAL const u8* p) { return *(GLOBAL const float*)p; }
+INLINE uint word_at(GLOBAL const u8* p) { return *(GLOBAL const uint*)p; }
+INLINE void store_half(float x, GLOBAL u8* p) { vstore_half_rte(x, 0, (GLOBAL half*)p); }
+INLINE float half_of(uint bits) {
+  ushort h = (ushort)bits;
+  return vload_half(0, (const half*)&h);
+}
+INLINE float rounded_to_half(float x) {
+  ushort h;
+  vstore_half_rte(x, 0, (half*)&h);
+  return half_of(h);
+}
+
+// sum + the dot product of four signed bytes each.
+#ifdef __opencl_c_integer_dot_product_input_4x8bit_packed
+INLINE int dot4(uint a, uint b, int sum) { return sum + dot_4x8packed_ss_int(a, b); }
+#else
+INLINE int dot4(uint a, uint b, int sum) {
+  const char4 x = as_char4(a), y = as_char4(b);
+  return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+}
+#endif
+
+INLINE float exp_(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = rint(x * 1.44269504f);
+  float r = FMA(n, -0.693145752f, x);
+  r = FMA(n, -1.42860677e-6f, r);
+  float p = 0.00139411189f;
+  p = FMA(p, r, 0.00837513477f);
+  p = FMA(p, r, 0.0416663528f);
+  p = FMA(p, r, 0.166664154f);
+  p = FMA(p, r, 0.5f);
+  p = FMA(p, r, 1.0f);
+  p = FMA(p, r, 1.0f);
+  return p * FLOAT_OF((uint)((int)n + 127) << 23);
+}
+
+INLINE float positive(float x) { return 0.0f > x ? 0.0f : x; }
+
+// In the order of Activation in native/kernels/table.h.
+INLINE float activate(float x, int activation) {
+  switch (activation) {
+    case 1: return x / (1.0f + exp_(-x));
+    case 2: return x - x / (exp_((x * 1.5957691216f) * FMA(x * x, 0.044715f, 1.0f)) + 1.0f);
+    case 3:
+    case 5: return positive(x);
+    case 4: return positive(x) * positive(x);
+    default: return x;
+  }
+}
+
+// Halves are added until one is left.
+INLINE float sum_lanes(LOCAL const float* lanes) {
+  float x[8];
+  for (int i = 0; i < 8; i++) x[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; i++) x[i] = x[i] + x[i + 4];
+  for (int i = 0; i < 2; i++) x[i] = x[i] + x[i + 2];
+  return x[0] + x[1];
+}
+
+// One block of 32 columns of a weight row: codes, and scale and minimum of its groups.
+typedef struct {
+  uint codes[8];
+  float scale[2], minimum[2];
+} Block;
+
+// Of what a batch's rows are told; native/gpu/gpu_program.h has its form. States: groups of layers with KV pages.
+#define NUM_ROWS(batch) ((batch)[0])
+#define TOKEN_ID(batch, row) ((batch)[1 + (row)])
+#define POSITION(batch, row) ((batch)[1 + NUM_ROWS(batch) + (row)])
+#define PAGE_TABLE(batch, row, state) ((batch) + (batch)[1 + (2 + (state)) * NUM_ROWS(batch) + (row)])

@@ -1,0 +1,77 @@
+// Norms, quantising, sums, selection: a group is a row, its second number. A row of x begins at x_offset + row * x_stride floats.
+
+// 1 / sqrt(mean of squares + eps) of x, whose lanes of 16 are chains of fma's. Every lane of the group comes here.
+INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL float* lanes) {
+  if (LANE < 16) {
+    float sum = 0.0f;
+    for (int i = LANE; i < width; i += 16) sum = FMA(x[i], x[i], sum);
+    lanes[LANE] = sum;
+  }
+  BARRIER();
+  return 1.0f / sqrt(sum_lanes(lanes) / (float)width + eps);
+}
+
+// Rows as int8 codes, a scale and two sums of codes for each 32 columns; with flags 1 their RMS norm, with 2 as floats
+// too. Padded with zeros to whole blocks.
+KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int width, int num_blocks, int flags,
+                     GLOBAL const float* weight, float eps, GLOBAL uint* codes, GLOBAL float* scales,
+                     GLOBAL int* sums, GLOBAL float* values) {
+  LOCAL float lanes[16];
+  LOCAL int unsound;
+  const int row = GROUP(1);
+  x += x_offset + (size_t)row * x_stride;
+  codes += (size_t)row * num_blocks * 8;
+  scales += (size_t)row * num_blocks;
+  sums += (size_t)row * num_blocks * 2;
+  values += (size_t)row * num_blocks * 32;
+  if (LANE == 0) unsound = 0;
+  const float factor = flags & 1 ? norm_factor(x, width, eps, lanes) : 1.0f;
+  BARRIER();
+  for (int b = LANE; b < num_blocks; b += LANES) {
+    float block[32], top = 0.0f, doubt = 0.0f;
+    for (int i = 0; i < 32; i++) {
+      const int column = 32 * b + i;
+      float v = column < width ? x[column] : 0.0f;
+      if (flags & 1 && column < width) v = (v * factor) * weight[column];
+      block[i] = v;
+      top = fabs(v) > top ? fabs(v) : top;
+      doubt = doubt + (v - v);  // 0 as long as all are finite
+      if (flags & 2) values[column] = v;
+    }
+    if (doubt != 0.0f) unsound = 1;
+    const int is_live = top >= 0x1p-100f;
+    const float inverse = is_live ? 127.0f / top : 0.0f;
+    int total[2] = {0, 0};
+    for (int j = 0; j < 8; j++) {
+      uint quad = 0;
+      for (int i = 0; i < 4; i++) {
+        const int code = doubt == 0.0f ? (int)rint(block[4 * j + i] * inverse) : 0;
+        total[j / 4] += code;
+        quad |= (uint)(code & 255) << 8 * i;
+      }
+      codes[8 * b + j] = quad;
+    }
+    sums[2 * b] = total[0];
+    sums[2 * b + 1] = total[1];
+    scales[b] = is_live ? top / 127.0f : 0.0f;
+  }
+  BARRIER();
+  if (unsound)
+    for (int b = LANE; b < num_blocks; b += LANES) scales[b] = NOT_A_NUMBER;
+}
+
+// out = a + b, of which b is normed first where flags is 1. All have `width` columns, rows `stride` apart.
+KERNEL void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GLOBAL const float* weight, float eps,
+                     GLOBAL float* out, int width, int stride) {
+  LOCAL float lanes[16];
+  const size_t row = (size_t)GROUP(1) * stride;
+  const float factor = flags & 1 ? norm_factor(b + row, width, eps, lanes) : 1.0f;
+  for (int i = LANE; i < width; i += LANES)
+    out[row + i] = a[row + i] + (flags & 1 ? (b[row + i] * factor) * weight[i] : b[row + i]);
+}
+
+// The rows of a batch that the head reads.
+KERNEL void select_rows(GLOBAL const float* x, GLOBAL const int* head, GLOBAL float* out, int width, int stride) {
+  const size_t from = (size_t)head[1 + GROUP(1)] * stride, to = (size_t)GROUP(1) * stride;
+  for (int i = LANE; i < width; i += LANES) out[to + i] = x[from + i];
+}

@@ -1,0 +1,120 @@
+// Panels of 32 weight rows times rows of quantised activations. A lane is a weight row. A sum over blocks of 32 columns
+// is one chain of fma's, blocks rising: slices of 32 lanes compute what blocks give beside each other, the chain waits
+// for all of them.
+//
+// Arguments: weight; the input's codes, scales and sums of 16 codes, by row; `batch`, for the number of rows.
+
+// Block b of the lane's row in a panel.
+INLINE void read_block(GLOBAL const u8* panel, int num_blocks, int b, int lane, Block* block) {
+  const int chunk = b / 8, blocks = num_blocks - 8 * chunk, tile_blocks = blocks < 8 ? blocks : 8, row = lane % 16;
+  const int in_chunk = b % 8;
+  GLOBAL const u8* tile = panel + (size_t)chunk * (tile_bytes_a(8) + tile_bytes_b(8));
+  if (lane < 16 || IS_ONE_TYPE) {
+    if (lane >= 16) tile += tile_bytes_a(tile_blocks);
+    read_a(tile + in_chunk / UNIT_BLOCKS_A * UNIT_BYTES_A, row, in_chunk % UNIT_BLOCKS_A, block);
+  } else {
+    tile += tile_bytes_a(tile_blocks);
+    read_b(tile + in_chunk / UNIT_BLOCKS_B * UNIT_BYTES_B, row, in_chunk % UNIT_BLOCKS_B, block);
+  }
+}
+
+INLINE float dot_block(const Block* block, int lane, GLOBAL const uint* x, int first, int second) {
+  return lane < 16 || IS_ONE_TYPE ? dot_a(block, x, first, second) : dot_b(block, x, first, second);
+}
+
+INLINE GLOBAL const u8* panel_at(GLOBAL const u8* weight, int num_blocks) {
+  const int last = num_blocks % 8, chunks = num_blocks / 8;
+  const size_t panel_bytes = (size_t)chunks * (tile_bytes_a(8) + tile_bytes_b(8)) + tile_bytes_a(last) + tile_bytes_b(last);
+  return weight + (size_t)GROUP(0) * panel_bytes;
+}
+
+// TOKENS rows, at most SLICES: decode. Slices take blocks in turn; row t's chain is slice t's.
+INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const uint* codes, GLOBAL const float* scales,
+                         GLOBAL const int* sums, GLOBAL const int* batch, LOCAL float* parts, const int tokens,
+                         FINISH_PARAMETERS) {
+  const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch), first_row = GROUP(1) * tokens;
+  GLOBAL const u8* panel = panel_at(weight, num_blocks);
+  const int my_row = min(first_row + slice, rows - 1);
+  float total = 0.0f;
+  int turn = 0;  // parts are written in one half while the other is read
+  for (int first = 0; first < num_blocks; first += FEW_SLICES, turn ^= 1) {
+    LOCAL float* part = parts + turn * tokens * FEW_SLICES * 32;
+    const int b = first + slice, count = min(FEW_SLICES, num_blocks - first);
+    if (b < num_blocks) {
+      Block block;
+      read_block(panel, num_blocks, b, lane, &block);
+      for (int t = 0; t < tokens; t++) {
+        const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + b;
+        part[(t * FEW_SLICES + slice) * 32 + lane] =
+            dot_block(&block, lane, codes + 8 * at, sums[2 * at], sums[2 * at + 1]);
+      }
+    }
+    BARRIER();
+    if (slice < tokens)
+      for (int i = 0; i < count; i++)
+        total = FMA(part[(slice * FEW_SLICES + i) * 32 + lane], scales[(size_t)my_row * num_blocks + first + i], total);
+  }
+  BARRIER();
+  const int is_row = slice < tokens && first_row + slice < rows;
+  finish(total, my_row, is_row, lane, parts + 32 * slice, FINISH_ARGUMENTS);
+}
+
+#define MATMUL_PARAMETERS                                                                                    \
+  GLOBAL const u8 *weight, int num_blocks, GLOBAL const uint *codes, GLOBAL const float *scales,              \
+      GLOBAL const int *sums, GLOBAL const int *batch, FINISH_PARAMETERS
+#define FEW(tokens)                                                                                          \
+  KERNEL void multiply_##tokens(MATMUL_PARAMETERS) {                                                         \
+    LOCAL float parts[2 * tokens * FEW_SLICES * 32];                                                         \
+    multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, tokens, FINISH_ARGUMENTS);           \
+  }
+FEW(1)
+FEW(2)
+FEW(4)
+FEW(8)
+
+// MANY_SLICES * MANY_TOKENS rows: prefill. Slices unpack blocks in turn into local memory, from which every slice
+// multiplies them by rows of its own.
+KERNEL void multiply_many(MATMUL_PARAMETERS) {
+  LOCAL Block shared[MANY_SLICES * 32];
+  LOCAL float exchange[MANY_SLICES * 32];
+  const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch);
+  const int first_row = (GROUP(1) * MANY_SLICES + slice) * MANY_TOKENS;
+  GLOBAL const u8* panel = panel_at(weight, num_blocks);
+  float totals[MANY_TOKENS];
+  for (int t = 0; t < MANY_TOKENS; t++) totals[t] = 0.0f;
+  for (int first = 0; first < num_blocks; first += MANY_SLICES) {
+    Block block;
+    if (first + slice < num_blocks) {
+      read_block(panel, num_blocks, first + slice, lane, &block);
+      shared[slice * 32 + lane] = block;
+    }
+    BARRIER();
+    const int count = min(MANY_SLICES, num_blocks - first);
+    for (int i = 0; i < count; i++) {
+      block = shared[i * 32 + lane];
+#pragma unroll
+      for (int t = 0; t < MANY_TOKENS; t++) {
+        const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + first + i;
+        totals[t] =
+            FMA(dot_block(&block, lane, codes + 8 * at, sums[2 * at], sums[2 * at + 1]), scales[at], totals[t]);
+      }
+    }
+    BARRIER();
+  }
+  for (int t = 0; t < MANY_TOKENS; t++)
+    finish(totals[t], first_row + t, first_row + t < rows, lane, exchange + 32 * slice, FINISH_ARGUMENTS);
+}
+
+// Rows of the batch's tokens, times `factor`. Panels of one type.
+KERNEL void embed(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
+                  int stride, float factor) {
+  const int id = TOKEN_ID(batch, GROUP(1)), tile_row = id % 32;
+  const int last = num_blocks % 8, chunks = num_blocks / 8;
+  GLOBAL const u8* panel = weight + (size_t)(id / 32) * 2 * ((size_t)chunks * tile_bytes_a(8) + tile_bytes_a(last));
+  for (int column = LANE; column < width; column += LANES) {
+    const int chunk = column / 256, blocks = min(num_blocks - 8 * chunk, 8), b = column / 32 % 8;
+    GLOBAL const u8* tile = panel + (size_t)chunk * 2 * tile_bytes_a(8) + tile_row / 16 * tile_bytes_a(blocks);
+    const float x = weight_a(tile + b / UNIT_BLOCKS_A * UNIT_BYTES_A, tile_row % 16, b % UNIT_BLOCKS_A, column % 32);
+    out[(size_t)GROUP(1) * stride + column] = x * factor;
+  }
+}

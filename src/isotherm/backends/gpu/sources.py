@@ -1,0 +1,125 @@
+"""Kernels as text: files of the C dialect put together for one weight type, or one shape of attention."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from isotherm.program.ops import AttentionShape
+from isotherm.quantization.layouts import CODE_BITS, VALUES, ZERO_POINTS
+from isotherm.quantization.p32 import UNITS
+from isotherm.types import KvType, QuantType
+
+_FOLDER = Path(__file__).parent / "kernels"
+# Division and square roots as IEEE 754 has them; without this OpenCL may be three units in the last place off.
+_OPTIONS = "-cl-std=CL1.2 -cl-fp32-correctly-rounded-divide-sqrt"
+ROW_LANES = 128  # of a group that computes a row, or a head
+_MOST_GROUP_HEADS = 8  # whose scores fit local memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program of kernels, and what the compiler is told."""
+
+    text: str
+    options: str
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How matmuls are shared out. A slice is 32 lanes; with few rows slices share a sum, with many they share weights."""
+
+    few_slices: int = 8  # at least as many as few rows
+    many_slices: int = 8
+    many_tokens: int = 8  # rows of a slice
+
+
+def matmul_source(type_a: QuantType, type_b: QuantType, tiling: Tiling) -> Source:
+    """Panels whose tiles have these types; floats have the same in both."""
+    defines = {
+        "FEW_SLICES": tiling.few_slices,
+        "MANY_SLICES": tiling.many_slices,
+        "MANY_TOKENS": tiling.many_tokens,
+        "LANES": ROW_LANES,
+    }
+    if type_a.is_float:
+        assert type_a is type_b
+        defines |= {
+            "FLOAT_BYTES": UNITS[type_a].record.itemsize // 16,
+            "IS_BRAIN": int(type_a is QuantType.BF16),
+        }
+        return _source(defines, _text("finish"), _text("float_matmul"))
+    is_one = type_a is type_b
+    defines["IS_ONE_TYPE"] = int(is_one)
+    second = _ALIASES if is_one else _codec(type_b, "b")
+    return _source(defines, _codec(type_a, "a"), second, _text("finish"), _text("matmul"))
+
+
+def elementwise_source() -> Source:
+    return _source({"LANES": ROW_LANES}, _text("elementwise"))
+
+
+def attention_source(shape: AttentionShape, kv_type: KvType) -> Source:
+    defines = {
+        "LANES": ROW_LANES,
+        "HEAD_DIM": shape.head_dim,
+        "NUM_HEADS": shape.num_heads,
+        "NUM_KV_HEADS": shape.num_kv_heads,
+        "GROUP_HEADS": group_heads(shape),
+        "IS_Q8": int(kv_type is KvType.Q8_0),
+    }
+    return _source(defines, _text("attention"))
+
+
+def group_heads(shape: AttentionShape) -> int:
+    """Query heads of one KV head that a group computes: they share what is read of its pages."""
+    heads = shape.num_heads // shape.num_kv_heads
+    return max(count for count in range(1, _MOST_GROUP_HEADS + 1) if heads % count == 0)
+
+
+_ALIASES = "".join(f"#define {name}_b {name}_a\n" for name in ("tile_bytes", "read", "dot")) + (
+    "#define UNIT_BLOCKS_B UNIT_BLOCKS_A\n#define UNIT_BYTES_B UNIT_BYTES_A\n"
+)
+
+
+def _source(defines: dict[str, int], *parts: str) -> Source:
+    head = "".join(f"#define {name} {value}\n" for name, value in defines.items())
+    return Source("\n".join([head, _text("dialect"), *parts]), _OPTIONS)
+
+
+@cache
+def _text(name: str) -> str:
+    return (_FOLDER / f"{name}.cl").read_text(encoding="utf-8")
+
+
+def _codec(quant_type: QuantType, suffix: str) -> str:
+    """Functions that read one weight type, named with the suffix."""
+    unit = UNITS[quant_type]
+    fields = unit.record.fields or {}
+    is_signed = quant_type in VALUES or CODE_BITS[quant_type] == 8
+    groups = unit.record["factors"].shape[0] if "factors" in fields else 0
+    defines = {
+        "UNIT_BLOCKS": f"UNIT_BLOCKS_{suffix.upper()}",
+        "UNIT_BYTES": f"UNIT_BYTES_{suffix.upper()}",
+        "HEADER": fields["lines"][1],
+        "BITS": CODE_BITS[quant_type],
+        "ZERO_POINT": 0 if is_signed else ZERO_POINTS.get(quant_type, 0),
+        "HAS_HALVES": int(groups == 16 or "scales" in fields or "e4m3" in fields),
+        "HAS_MINIMUM": int("m" in fields or "dmin" in fields),
+        "SCALES": _scales_kind(set(fields)),
+    }
+    lines = [
+        f"#define UNIT_BLOCKS_{suffix.upper()} {unit.columns // 32}",
+        f"#define UNIT_BYTES_{suffix.upper()} {unit.record.itemsize}",
+        f"#define CODEC(name) name##_{suffix}",
+        *(f"#define {name} {value}" for name, value in defines.items()),
+    ]
+    if quant_type in VALUES:
+        lines.append(f"CONSTANT char values_{suffix}[16] = {{{', '.join(map(str, VALUES[quant_type]))}}};")
+        lines.append(f"#define VALUES values_{suffix}")
+    return "\n".join([*lines, _text("codec")])
+
+
+def _scales_kind(fields: set[str]) -> int:
+    """Numbers as in codec.cl."""
+    kinds = ("scales_low", "scales", "factors", "d_float", "e8m0", "e4m3")
+    return next((i + 1 for i, name in enumerate(kinds) if name in fields), 0)
