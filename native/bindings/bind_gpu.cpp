@@ -95,7 +95,7 @@ void bind_gpu(nb::module_& m) {
       .def_ro("max_lanes", &GpuFacts::max_lanes)
       .def_ro("lacks", &GpuFacts::lacks);
   m.def("list_gpus", &list_gpus, nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<GpuBuffer>(m, "GpuBuffer").def_ro("index", &GpuBuffer::index);
+  nb::class_<GpuBuffer>(m, "GpuBuffer").def(nb::init<int>()).def_ro("index", &GpuBuffer::index);
   nb::class_<GpuDevice>(m, "GpuDevice")
       .def(nb::init<int>(), nb::arg("index"), nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("facts", &GpuDevice::facts, nb::rv_policy::copy)

@@ -46,6 +46,65 @@ class MergeTable:
     def encode(self, words: Sequence[str]) -> list[int]:
         """Ids of all words, one after another. A byte that is no token parts its neighbours and has no id."""
 
+class GpuFacts:
+    """One device of an OpenCL driver."""
+
+    platform: str
+    name: str
+    vendor: str
+    driver: str
+    is_gpu: bool
+    shares_memory: bool
+    has_dot_product: bool
+    memory_bytes: int
+    largest_buffer_bytes: int
+    local_bytes: int
+    num_units: int
+    max_lanes: int
+    lacks: str
+
+def list_gpus() -> list[GpuFacts]:
+    """Every device of every driver. Raises DeviceNotFound where there is no OpenCL."""
+
+class GpuBuffer:
+    def __init__(self, index: int, /) -> None: ...
+    @property
+    def index(self) -> int: ...
+
+class GpuDevice:
+    """One device. Everything raises DeviceFailed, and what takes memory InsufficientMemory."""
+    def __init__(self, index: int) -> None:
+        """index: as `list_gpus` has it. Raises DeviceNotFound."""
+
+    @property
+    def facts(self) -> GpuFacts: ...
+    def allocate(self, num_bytes: int, /) -> GpuBuffer: ...
+    def release(self, buffer: GpuBuffer, /) -> None: ...
+    def write(self, to: GpuBuffer, offset: int, data: NDArray[np.uint8], /) -> None: ...
+    def read(self, source: GpuBuffer, offset: int, data: NDArray[np.uint8], /) -> None: ...
+    def copy(self, source: GpuBuffer, to: GpuBuffer, num_bytes: int, /) -> None: ...
+    def build(self, source: str, options: str, binary: bytes, /) -> int:
+        """binary: what `binary` gave for them on this device and driver, or empty."""
+
+    def binary(self, program: int, /) -> bytes: ...
+    def kernel(self, program: int, name: str, arguments: list[int | float | GpuBuffer], /) -> int: ...
+    def launch(self, kernel: int, groups: tuple[int, int, int], lanes: int, /) -> None: ...
+    def finish(self) -> None: ...
+
+class GpuProgram:
+    """Steps for the GPU; native/gpu/gpu_program.h has the forms."""
+    def __init__(self, device: GpuDevice, batch: GpuBuffer, head: GpuBuffer, num_states: int, /) -> None: ...
+    def rope(self, table: NDArray[np.float32], /) -> None: ...
+    def pages(self, state: int, buffer: GpuBuffer, /) -> None: ...
+    def step(
+        self,
+        launches: list[tuple[int, int, int, bool, int, int, int]],
+        uploads: list[tuple[int, GpuBuffer, int, int, int]],
+        outputs: list[tuple[int, GpuBuffer, int, int, int]],
+        downloads: list[tuple[int, GpuBuffer, int, int, int]],
+        /,
+    ) -> int: ...
+
 class NormRef:
     """A norm by the index of its vector, -1 for none; bias: of a layer norm, -1 for an RMS norm."""
     def __init__(self, vector: int, eps: float, bias: int = -1) -> None: ...
@@ -80,7 +139,15 @@ class ProgramBuilder:
     def rope_table(self, table: NDArray[np.float32], /) -> int:
         """[positions, dims]; may be filled later, before a position is used."""
 
-    def pool(self, is_q8_0: bool, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, /) -> int: ...
+    def pool(
+        self, is_q8_0: bool, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, window: int, /
+    ) -> int:
+        """window: of every layer's attention; 0: none."""
+
+    def gpu(self, program: object, num_embeddings: int, num_positions: int, /) -> None:
+        """program: a GpuProgram, for `device_step`."""
+
+    def device_step(self, index: int, is_select: bool, /) -> None: ...
     def embed(self, matrix: int, scale: float, out: int, /) -> None: ...
     def embed_positions(self, x: int, matrix: int, first_row: int, out: int, /) -> None: ...
     def linear(

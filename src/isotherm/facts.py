@@ -32,6 +32,28 @@ class MemoryForecast:
 
 
 @dataclass(frozen=True)
+class PlacementFacts:
+    """What of a model a GPU computes: its last layers, and the head."""
+
+    device: str  # as --device names it
+    name: str
+    num_layers: int
+    has_embedding: bool
+    num_bytes: int  # weights, KV pages and work buffers
+    token_bytes: int  # weights that one decoded token reads there
+
+    def text(self, num_layers: int) -> str:
+        """num_layers: of the model."""
+        layers = (
+            f"all {num_layers} layers"
+            if self.num_layers == num_layers
+            else f"the last {self.num_layers} of {num_layers} layers"
+        )
+        parts = ["the embedding", layers, "the head"] if self.has_embedding else [layers, "the head"]
+        return f"{self.device} ({self.name}): {', '.join(parts[:-1])} and {parts[-1]}"
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What a loaded model is and how it runs."""
 
@@ -50,3 +72,4 @@ class ModelFacts:
     wanted_context_tokens: int  # what memory may have cut
     memory: MemoryForecast
     load_s: float
+    placement: PlacementFacts | None = None  # None: the CPU computes all

@@ -46,6 +46,9 @@ def parse_budget(quality: str) -> Budget | None:
     )
 
 
+_DEVICE = re.compile(r"auto|cpu|gpu(:\d{1,3})?")
+
+
 def check_load_options(options: LoadOptions) -> None:
     """Raises OptionError for what no model could be loaded with."""
     if options.backend not in BACKENDS:
@@ -55,6 +58,14 @@ def check_load_options(options: LoadOptions) -> None:
     if options.backend == "reference" and options.kv != KvType.F16.value:
         raise OptionError(f"kv {options.kv!r}: the reference backend keeps keys and values in float32; leave it out")
     parse_budget(options.quality)
+    if not _DEVICE.fullmatch(options.device):
+        raise OptionError(
+            f"device {options.device!r}; it must be auto, cpu, gpu or gpu:N, N as `isotherm doctor` lists them"
+        )
+    if options.backend == "reference" and options.device.startswith("gpu"):
+        raise OptionError(f"device {options.device!r}: the reference backend runs on the CPU; leave it out")
+    if options.vram_bytes is not None and options.vram_bytes < 1:
+        raise OptionError(f"vram_bytes is {options.vram_bytes}; it must be at least 1, or None")
     if options.threads is not None and not 1 <= options.threads <= 1024:
         raise OptionError(f"threads is {options.threads}; it must be from 1 to 1024")
     if options.context_tokens is not None and options.context_tokens < 2:

@@ -227,4 +227,8 @@ class LoadOptions:
         "exact"  # or a budget, as "kl=0.01" or "ppl=+1%": the lossy rule that `isotherm tune` chose within it
     )
     predictor: str | Path | None = None  # file of `isotherm train-predictor`: neurons it takes not to fire count as 0
+    device: str = (
+        "auto"  # "cpu", "gpu" or "gpu:1": which GPU helps; "auto": one with memory of its own, if there is one
+    )
+    vram_bytes: int | None = None  # memory of the GPU that may be used; None: nine tenths of it
     kv_disk_bytes: int = 16 << 30  # disk that all of `kv_dir` may take, the least recently used pages go first

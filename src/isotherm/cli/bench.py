@@ -39,7 +39,7 @@ def bench_options(
     return BenchOptions(prompt_tokens, decode_tokens, repetitions, depth, profile)
 
 
-@takes("kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib", "offline")
+@takes("kv", "threads", "backend", "device", "vram", "sparse", "quality", "predictor", "cache_gib", "offline")
 @gathers(bench_options)
 def bench(
     settings: Settings,

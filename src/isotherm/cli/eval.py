@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ITEMS_PER_NOTICE = 10
 
 
-@takes("ctx", "kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib", "offline")
+@takes("ctx", "kv", "threads", "backend", "device", "vram", "sparse", "quality", "predictor", "cache_gib", "offline")
 def evaluate(
     settings: Settings,
     model: ModelArgument,

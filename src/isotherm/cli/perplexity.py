@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from isotherm.evaluation.perplexity import PerplexityResult
 
 
-@takes("kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib", "offline")
+@takes("kv", "threads", "backend", "device", "vram", "sparse", "quality", "predictor", "cache_gib", "offline")
 def perplexity(
     settings: Settings,
     model: ModelArgument,

@@ -45,7 +45,7 @@ def profile(
 
     content = read_text(text)
     with (
-        loaded(model, replace(settings, ctx=window, quality="exact", predictor=None)) as generator,
+        loaded(model, replace(settings, ctx=window, quality="exact", predictor=None, device="cpu")) as generator,
         open_checkpoint(generator.facts.path) as checkpoint,
     ):
         windows = [cut.token_ids for cut in cut_windows(generator, content, window, chunks)]

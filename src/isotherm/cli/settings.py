@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _NONE = "none"
 _GIB = 1 << 30
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([kKmMgG]i?[bB])")
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _KV_SHARE = 8  # of free memory, what a server takes for keys and values by itself
 _PREFIX = "ISOTHERM_"
-_OTHER_VARIABLES = ("cache", "debug", "isa")  # read where they are needed; see docs/cli.md
+_OTHER_VARIABLES = ("cache", "debug", "isa", "opencl")  # read where they are needed; see docs/cli.md
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Settings:
     backend: str = _setting(
         "cpu",
         Rule(str, "NAME", "cpu, or reference: NumPy in float32, exact and slow.", choices=("cpu", "reference")),
+    )
+    device: str = _setting(
+        "auto", Rule(str, "NAME", "auto, cpu, gpu or gpu:N as `isotherm doctor` lists them: what helps the CPU.")
+    )
+    vram: str | None = _setting(
+        None, Rule(str, "SIZE", "Memory of the GPU to use, as 4GiB; by default nine tenths of it.")
     )
     sparse: bool = _setting(
         True, Rule(bool, "", "Compute only the neurons that fire, where that is quicker; answers are the same.")
@@ -159,6 +168,8 @@ class Settings:
             predictor=self.predictor,
             kv_dir=self.kv_dir,
             kv_disk_bytes=int(self.kv_disk_gib * _GIB),
+            device=self.device,
+            vram_bytes=None if self.vram is None else _size_bytes(self.vram),
         )
 
     def serving_options(self, free_bytes: int) -> LoadOptions:
@@ -241,6 +252,15 @@ class Setting:
         return f"{noun} of at least {rule.low:.12g}" if rule.low is not None else noun
 
 
+def _size_bytes(text: str) -> int:
+    """Raises OptionError for what is no size."""
+    match = _SIZE.fullmatch(text)
+    num_bytes = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if not 1 <= num_bytes < 1 << 62:
+        raise OptionError(f"vram is {text!r}; it must be a size such as 4GiB, 4GB or 512MiB")
+    return num_bytes
+
+
 def value_text(value: Value) -> str:
     """As `Setting.parse` reads it."""
     if value is None or isinstance(value, bool):
@@ -268,7 +288,7 @@ SERVING = (
     "log_prompts",
 )
 LOADING = (
-    *("ctx", "kv", "threads", "backend", "sparse", "quality", "predictor", "cache_gib"),
+    *("ctx", "kv", "threads", "backend", "device", "vram", "sparse", "quality", "predictor", "cache_gib"),
     *("kv_dir", "kv_disk_gib", "offline"),
 )
 SAMPLING = tuple(column.name for column in fields(SamplingParams) if column.name in SETTINGS)

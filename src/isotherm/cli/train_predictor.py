@@ -68,7 +68,7 @@ def train_predictor(
 
     content = read_text(text)
     window, chunks = aim.window_tokens, aim.num_windows
-    alone = replace(settings, ctx=window, quality="exact", predictor=None)
+    alone = replace(settings, ctx=window, quality="exact", predictor=None, device="cpu")
     with loaded(model, alone) as generator, open_checkpoint(generator.facts.path) as checkpoint:
         windows = [cut.token_ids for cut in cut_windows(generator, content, window, chunks)]
         if len(windows) < chunks:

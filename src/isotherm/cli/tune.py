@@ -53,7 +53,7 @@ def tune(
     if budget is None:
         raise OptionError("--quality names the budget to tune for, such as kl=0.01 or ppl=+1%")
     plan = _plan(budget, text, held_out, _Options(rule, items, chunks))
-    settings = replace(settings, quality=EXACT, predictor=None, ctx=_CONTEXT_TOKENS)
+    settings = replace(settings, quality=EXACT, predictor=None, device="cpu", ctx=_CONTEXT_TOKENS)
     path, tuned = _tune(plan, model, settings)
     if as_json:
         print_json({"file": str(path), **_as_json(tuned)})

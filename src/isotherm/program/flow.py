@@ -1,10 +1,19 @@
 """What ops read and write."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from isotherm.program.ops import Op, QuantLinear, Value
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def layer_of(weight: str) -> int | None:
+    """The layer that a weight's name has; None: it is of none."""
+    found = _LAYER.match(weight)
+    return int(found[1]) if found else None
 
 
 def outputs(op: Op) -> tuple[Value, ...]:

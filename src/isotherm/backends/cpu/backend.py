@@ -38,7 +38,8 @@ class DevicePart(Protocol):
     """A GPU beside the CPU, on which some ops of a Program run."""
 
     @property
-    def program(self) -> "_native.GpuProgram": ...
+    def program(self) -> object:
+        """A `_native.GpuProgram`."""
 
     @property
     def num_embeddings(self) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from isotherm.program import ops
 from isotherm.program.backend import WeightTensor
+from isotherm.program.flow import layer_of
 from isotherm.program.lowering import lower
 from isotherm.program.recorder import Program
 from isotherm.quantization.layouts import dequantise
@@ -44,10 +45,15 @@ def neurons_name(down: str) -> str:
     return f"{down}.neurons"
 
 
-def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor]) -> Program:
-    """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron."""
+def lower_by_neuron(program: Program, tensors: Mapping[str, WeightTensor], num_layers: int | None = None) -> Program:
+    """Lowered, with each FFN whose neurons do not all fire, and whose down can be kept so, computed by neuron.
+
+    num_layers: only in so many first ones; None: in all.
+    """
 
     def is_sparse(op: ops.Ffn | ops.Moe) -> bool:
+        if num_layers is not None and (layer_of(op.down) or 0) >= num_layers:
+            return False
         if isinstance(op, ops.Moe):
             is_kept = neuron_form(tensors[op.down].quant_type) is not None and op.out.width % OUTPUT_ALIGNMENT == 0
             return is_kept and op.activation.has_zeros

@@ -1,17 +1,16 @@
 """What the steps of a lowered Program are called and cost."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.program import ops
+from isotherm.program.flow import layer_of
 from isotherm.program.recorder import PAGE_TOKENS, Program
 from isotherm.program.recording import StepFacts
 from isotherm.quantization.packed_file import EntrySpec
 from isotherm.types import Experts
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
 _NORM_AND_QUANTISE = "norm, quantise"
 _GATHER = "norm, quantise, gather"
 _ROPE_AND_APPEND = "rope, append"
@@ -39,9 +38,8 @@ class _Description:
 
     def steps(self) -> Iterator[StepFacts]:
         for op in self._program.ops:
-            if names := _weight_names(op):
-                found = _LAYER.match(names[0])
-                self._layer = int(found[1]) if found else None
+            if names := weight_names(op):
+                self._layer = layer_of(names[0])
             yield self._describe(op)
 
     def _describe(self, op: ops.Op) -> StepFacts:
@@ -111,7 +109,8 @@ class _Description:
         return replace(facts, prepares=_GATHER, row_ops=row_ops, experts=experts)
 
 
-def _weight_names(op: ops.Op) -> tuple[str, ...]:
+def weight_names(op: ops.Op) -> tuple[str, ...]:
+    """The matrices of a lowered op, or the norm of one that has no other weight; none of an embedding."""
     match op:
         case ops.QuantLinear():
             return tuple(projection.weight for projection in op.projections)

@@ -16,13 +16,15 @@ from isotherm.backends.gpu.sources import Source, Tiling
 
 GpuBuffer: TypeAlias = "_native.GpuBuffer"
 Argument: TypeAlias = "int | float | _native.GpuBuffer"
+LaunchTuple: TypeAlias = tuple[int, int, int, bool, int, int, int]  # as GpuLaunch in native/gpu/gpu_program.h
+RowsTuple: TypeAlias = "tuple[int, _native.GpuBuffer, int, int, int]"  # as GpuRows
 
 _DIGEST_BYTES = 32  # before a kept binary: what was half written is never believed
 _SUFFIX = ".kernel"
 
 
 class KernelCache:
-    """Compiled kernels in a folder, by source, options, device and driver. Where it cannot be written, nothing is kept."""
+    """Compiled kernels in a folder, by source, options, device and driver; nothing is kept where it cannot be."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,7 +58,24 @@ class Gpu(Protocol):
 
     def kernel(self, source: Source, name: str, arguments: list[Argument]) -> int: ...
 
-    def program(self, batch: GpuBuffer, head: GpuBuffer, num_states: int) -> "_native.GpuProgram": ...
+    def program(self, batch: GpuBuffer, head: GpuBuffer, num_states: int) -> "ProgramSteps": ...
+
+
+class ProgramSteps(Protocol):
+    """A `_native.GpuProgram`, or nothing in its place."""
+
+    def rope(self, table: NDArray[np.float32]) -> None: ...
+
+    def pages(self, state: int, buffer: GpuBuffer) -> None: ...
+
+    def step(
+        self,
+        launches: list[LaunchTuple],
+        uploads: list[RowsTuple],
+        outputs: list[RowsTuple],
+        downloads: list[RowsTuple],
+        /,
+    ) -> int: ...
 
 
 class OpenGpu:
@@ -64,6 +83,7 @@ class OpenGpu:
 
     def __init__(self, index: int, cache: KernelCache | None, tiling: Tiling | None = None) -> None:
         """index: as `_native.list_gpus` has it. Raises DeviceNotFound and DeviceFailed."""
+        self.name = f"gpu:{index}"
         self.device = _native.GpuDevice(index)
         self.facts = self.device.facts
         self.tiling = tiling or Tiling()

@@ -1,8 +1,10 @@
 """Kernels as text: files of the C dialect put together for one weight type, or one shape of attention."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from isotherm.program.ops import AttentionShape
 from isotherm.quantization.layouts import CODE_BITS, VALUES, ZERO_POINTS
@@ -26,13 +28,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How matmuls are shared out. A slice is 32 lanes; with few rows slices share a sum, with many they share weights."""
+    """How matmuls are shared out. A slice is 32 lanes: with few rows slices share a sum, with many the weights."""
 
     few_slices: int = 8  # at least as many as few rows
     many_slices: int = 8
     many_tokens: int = 8  # rows of a slice
 
 
+@cache
 def matmul_source(type_a: QuantType, type_b: QuantType, tiling: Tiling) -> Source:
     """Panels whose tiles have these types; floats have the same in both."""
     defines = {
@@ -54,10 +57,12 @@ def matmul_source(type_a: QuantType, type_b: QuantType, tiling: Tiling) -> Sourc
     return _source(defines, _codec(type_a, "a"), second, _text("finish"), _text("matmul"))
 
 
+@cache
 def elementwise_source() -> Source:
     return _source({"LANES": ROW_LANES}, _text("elementwise"))
 
 
+@cache
 def attention_source(shape: AttentionShape, kv_type: KvType) -> Source:
     defines = {
         "LANES": ROW_LANES,
@@ -94,7 +99,7 @@ def _text(name: str) -> str:
 def _codec(quant_type: QuantType, suffix: str) -> str:
     """Functions that read one weight type, named with the suffix."""
     unit = UNITS[quant_type]
-    fields = unit.record.fields or {}
+    fields: Mapping[str, Any] = unit.record.fields or {}
     is_signed = quant_type in VALUES or CODE_BITS[quant_type] == 8
     groups = unit.record["factors"].shape[0] if "factors" in fields else 0
     defines = {

@@ -1,0 +1,135 @@
+"""What fits where: the context and KV pages that memory holds, and the layers that a GPU takes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from isotherm.backends.cpu.limits import CpuLimits, fit_context, kv_bytes, work_bytes
+from isotherm.backends.cpu.packing import BY_NEURON, lower_by_neuron, packed_entries
+from isotherm.backends.gpu.placement import Placement, Room, cpu_part, place
+from isotherm.engine.kv_pages import pages_for, pages_needed
+from isotherm.errors import InsufficientMemory, OptionError
+from isotherm.facts import MemoryForecast
+from isotherm.formats.fetching import size_text
+from isotherm.probe import available_memory_bytes
+from isotherm.program.backend import WeightTensor
+from isotherm.program.lowering import lower
+from isotherm.program.recorder import Program
+from isotherm.quantization.packed_file import EntrySpec
+from isotherm.types import KvType, LoadOptions, ModelConfig
+
+_BATCH_TOKENS = 512
+_LEAST_CONTEXT_TOKENS = 512  # a context cut below this for want of memory is of no use
+_MEMORY_SHARE = 0.9  # of what is free: the rest is for whatever else runs
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model as it will run. memory: of the machine, without what a GPU holds."""
+
+    context_tokens: int
+    program: Program  # lowered
+    entries: tuple[EntrySpec, ...]  # its packed weights
+    limits: CpuLimits
+    placement: Placement | None
+    memory: MemoryForecast
+
+
+class Fitting:
+    """One model, recorded, and what it may take."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        program: Program,
+        tensors: Mapping[str, WeightTensor],
+        options: LoadOptions,
+        num_threads: int,
+        room: Room | None,
+    ) -> None:
+        """room: on a GPU."""
+        self._config = config
+        self._program = program
+        self._tensors = tensors
+        self._options = options
+        self._num_threads = num_threads
+        self._room = room
+
+    def fit(self, notify: Callable[[str], None]) -> Fit:
+        """The context that was asked for, or the model's, cut to what memory holds: told, never silent.
+
+        Weights by neuron come beside the others: where they would cost context they are left out, and it is told.
+        Raises OptionError for a context that the model was not made for, InsufficientMemory where nothing fits.
+        """
+        config, wanted, budget_bytes = self._config, self._options.context_tokens, _budget_bytes()
+        if wanted is not None and wanted > config.context_tokens:
+            raise OptionError(f"a context of {wanted} tokens; {config.name} was made for {config.context_tokens}")
+        least = wanted or min(_LEAST_CONTEXT_TOKENS, config.context_tokens)
+        most = wanted or config.context_tokens
+        is_sparse = self._options.sparse and self._options.backend == "cpu"
+        if is_sparse:
+            whole = self._try(most, is_sparse=True)
+            extra_bytes = sum(spec.num_bytes for spec in whole.entries if spec.kind in BY_NEURON)
+            if extra_bytes and whole.memory.total_bytes > budget_bytes:
+                is_sparse = False
+                notify(
+                    "all neurons are computed, those that do not fire too: to skip those takes "
+                    f"{size_text(extra_bytes)} more"
+                )
+        context_tokens, forecast = fit_context(
+            lambda tokens: self._try(tokens, is_sparse=is_sparse).memory, least, most, budget_bytes
+        )
+        if forecast.total_bytes > budget_bytes:
+            raise InsufficientMemory(
+                f"{config.name} needs {size_text(forecast.total_bytes)} for a context of {context_tokens} tokens: "
+                f"{size_text(forecast.weights_bytes)} weights, {size_text(forecast.kv_bytes)} KV pages, "
+                f"{size_text(forecast.work_bytes)} work; {size_text(budget_bytes)} may be used here; take a smaller "
+                f"context (--ctx), quantisation or model"
+            )
+        if context_tokens < most:
+            notify(
+                f"context cut from {most} to {context_tokens} tokens to fit {size_text(budget_bytes)}; --ctx sets it"
+            )
+        return self._try(context_tokens, is_sparse=is_sparse)
+
+    def _try(self, context_tokens: int, *, is_sparse: bool) -> Fit:
+        """As it would run with this context."""
+        limits = self._limits(context_tokens)
+        placement = None
+        if self._room is not None:
+            dense = lower(self._program).keeping(KvType(self._options.kv))
+            entries = {spec.name: spec for spec, _ in packed_entries(dense, self._tensors)}
+            placement = place(dense, entries.__getitem__, limits, self._room)
+        program = self._lower(placement, is_sparse=is_sparse)
+        specs = tuple(spec for spec, _ in packed_entries(program, self._tensors))
+        return Fit(context_tokens, program, specs, limits, placement, self._forecast(program, placement, limits))
+
+    def _lower(self, placement: Placement | None, *, is_sparse: bool) -> Program:
+        """By neuron only what the CPU computes."""
+        if not is_sparse:
+            return lower(self._program).keeping(KvType(self._options.kv))
+        most = None if placement is None else placement.first_layer
+        return lower_by_neuron(self._program, self._tensors, most).keeping(KvType(self._options.kv))
+
+    def _limits(self, context_tokens: int) -> CpuLimits:
+        """Pages for one context at least; what `kv_bytes` has room for beyond that goes to groups without a window."""
+        batch_tokens = min(_BATCH_TOKENS, context_tokens)
+        states = self._program.keeping(KvType(self._options.kv)).states
+        one = pages_for(context_tokens)
+        wanted = [self._options.parallel * pages_needed(state, context_tokens, batch_tokens) for state in states]
+        least = [min(one, pages) for pages in wanted]
+        left_bytes = (self._options.kv_bytes or 0) - sum(s.page_bytes * n for s, n in zip(states, least, strict=True))
+        more = max(0, left_bytes) // max(1, sum(state.page_bytes for state in states))
+        num_pages = tuple(min(most, pages + more) for most, pages in zip(wanted, least, strict=True))
+        return CpuLimits(context_tokens, num_pages, max_tokens=batch_tokens)
+
+    def _forecast(self, program: Program, placement: Placement | None, limits: CpuLimits) -> MemoryForecast:
+        if self._options.backend == "reference":  # 4 bytes an element, and keys and values as float32
+            num_elements = sum(tensor.shape[0] * tensor.shape[1] for tensor in self._tensors.values())
+            return MemoryForecast(4 * num_elements, 2 * kv_bytes(self._program, limits), 0)
+        own = cpu_part(program, placement)
+        weights_bytes = sum(spec.num_bytes for spec, _ in packed_entries(own, self._tensors))
+        return MemoryForecast(weights_bytes, kv_bytes(own, limits), work_bytes(program, limits, self._num_threads))
+
+
+def _budget_bytes() -> int:
+    return int(_MEMORY_SHARE * available_memory_bytes())
