@@ -113,13 +113,11 @@ def contract_rows(case: Case, finished: Finished, num_rows: int, wanted: list[in
     return np.reshape(out, (len(wanted), -1))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_prefill_decode_and_batches(case: Case) -> None:
-    """Three sequences that share a pool: prefill, then a longer prompt beside a decode step and a newcomer."""
-    finished = attention(case, 64)
+def growing_batches() -> tuple[Batch, ...]:
+    """Three sequences in six pages: prefill, then a longer prompt beside a decode step and a newcomer, then decode."""
     a, b, c = np.array([5, 0], np.int32), np.array([3], np.int32), np.array([1, 4], np.int32)
     ids = np.random.default_rng(0).permutation(64).astype(np.int32)
-    steps = (
+    return (
         Batch(ids[:14], (Sequence(13, 0, (a,)), Sequence(1, 0, (b,))), np.arange(14, dtype=np.int32)),
         Batch(
             ids[14:22],
@@ -130,6 +128,11 @@ def test_prefill_decode_and_batches(case: Case) -> None:
             ids[22:25], tuple(Sequence(1, n, (t,)) for n, t in ((14, a), (5, b), (3, c))), np.arange(3, dtype=np.int32)
         ),
     )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_decode_and_batches(case: Case) -> None:
+    finished, steps = attention(case, 64), growing_batches()
     compiled = [finished.compile(isa, 2, num_pages=(6,)) for isa in ISAS]
     reference = finished.compile_reference((6,))
     for number, batch in enumerate(steps):

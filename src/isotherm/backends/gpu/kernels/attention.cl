@@ -29,8 +29,9 @@ INLINE void append(GLOBAL u8* plane, LOCAL const float* x, int slot, int is_key)
     const int first = 32 * b, last = min(first + 32, HEAD_DIM);
     float top = 0.0f;
     for (int d = first; d < last; d++) top = fmax(fabs(bounded(x[d])), top);
-    const float scale = rounded_to_half(top / 127.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    store_half(scale, plane + 2 * (b * PAGE_TOKENS + slot));
+    GLOBAL u8* kept = plane + 2 * (b * PAGE_TOKENS + slot);
+    store_half(top / 127.0f, kept);
+    const float scale = half_at(kept), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     for (int d = first; d < last; d++) {
       const float code = fmax(fmin(rint(bounded(x[d]) * inverse), 127.0f), -127.0f);
       plane[SCALES_BYTES + (is_key ? d * PAGE_TOKENS + slot : slot * HEAD_DIM + d)] = (u8)(char)(int)code;

@@ -24,11 +24,6 @@ INLINE float half_of(uint bits) {
   ushort h = (ushort)bits;
   return vload_half(0, (const half*)&h);
 }
-INLINE float rounded_to_half(float x) {
-  ushort h;
-  vstore_half_rte(x, 0, (half*)&h);
-  return half_of(h);
-}
 
 // sum + the dot product of four signed bytes each.
 #ifdef __opencl_c_integer_dot_product_input_4x8bit_packed

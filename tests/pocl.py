@@ -1,0 +1,56 @@
+"""PoCL, an OpenCL driver whose device is the CPU, from the wheels of the test extra: GPU kernels run for real on it.
+
+`open_pocl` is called before anything asks for devices, in each process.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_OLD_NAME = b"generic"  # what LLVM 14 says of a processor that is newer than itself, and then refuses
+_KNOWN_CPU = b"x86-64-v3"  # has what the kernels need: fused multiply-add, float16 conversion
+
+
+@cache
+def open_pocl() -> str:
+    """Loads the driver into this process; why not, where it cannot."""
+    spec = find_spec("pyopencl")
+    if spec is None or spec.origin is None:
+        return "no PoCL: pip install 'pyopencl[pocl]' brings it"
+    home = Path(spec.origin).parent
+    drivers, loaders = sorted(home.glob(".libs/libpocl*")), sorted(home.glob(".libs/libOpenCL*"))
+    if not drivers or not loaders:
+        return f"no PoCL in {home}: pip install 'pyopencl[pocl]' brings it"
+    os.environ["PYOPENCL_HOME"] = str(home)  # the wheel's own loader looks for drivers there
+    os.environ["ISOTHERM_OPENCL"] = str(loaders[0])
+    driver = ctypes.CDLL(str(drivers[0]))
+    if sys.platform == "linux" and os.uname().machine == "x86_64":
+        _name_cpu(driver)
+    return ""
+
+
+def _name_cpu(driver: ctypes.CDLL) -> None:
+    """Where the driver's compiler does not know this processor it is told of an older one, by other machine code in
+    place of the function that names it: there is no setting for that."""
+    function, libc = driver.pocl_get_llvm_cpu_name, ctypes.CDLL(None)
+    function.restype = ctypes.c_char_p
+    if function() != _OLD_NAME:
+        return
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    strdup = ctypes.cast(libc.strdup, ctypes.c_void_p).value  # the caller frees it
+    assert address is not None
+    assert strdup is not None
+    # mov rdi, name; mov rax, strdup; jmp rax
+    name = ctypes.addressof(_NAME)
+    code = b"\x48\xbf" + name.to_bytes(8, "little") + b"\x48\xb8" + strdup.to_bytes(8, "little") + b"\xff\xe0"
+    page, size = address & -mmap.PAGESIZE, 2 * mmap.PAGESIZE
+    assert libc.mprotect(ctypes.c_void_p(page), size, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) == 0
+    ctypes.memmove(address, code, len(code))
+    assert libc.mprotect(ctypes.c_void_p(page), size, mmap.PROT_READ | mmap.PROT_EXEC) == 0
+
+
+_NAME = ctypes.create_string_buffer(_KNOWN_CPU)
