@@ -42,11 +42,13 @@ ARROWS: dict[str, set[str]] = {
     "answer": DATA | {"tokenization", "engine"},
     "text": DATA | {"dialogue", "answer", "grammar", "tokenization", "engine", "program"},
     "sparsity": DATA | {"backends", "program", "quantization", "text"},
-    "evaluation": DATA | {"engine", "program", "text", "probe"},  # program: what a recording holds
+    # program: what a recording holds; backends: the limits of a GPU
+    "evaluation": DATA | {"backends", "engine", "program", "text", "probe"},
     "quality": DATA | {"backends", "evaluation", "load_options", "program", "quantization", "sparsity", "text"},
+    "fitting": DATA | {"backends", "engine", "formats", "probe", "program", "quantization"},
     "assemble": DATA
-    | {"quality", "backends", "engine", "formats", "load_options", "models", "probe", "program", "quantization", "text"}
-    | {"sparsity", "tokenization"},
+    | {"quality", "backends", "engine", "fitting", "formats", "load_options", "models", "probe", "quantization", "text"}
+    | {"program", "sparsity", "tokenization"},
     "load_options": DATA,
     "": {"assemble", "types", "text", "formats"},  # the door; text and formats for the names of its types only
     "__main__": {"cli"},
@@ -181,10 +183,10 @@ def test_rooms_stand_in_one_direction() -> None:
         left = {room: needs for room, needs in left.items() if room not in free}
 
 
-@pytest.mark.parametrize("layer", ["kernels", "runtime"])
+@pytest.mark.parametrize("layer", ["kernels", "gpu", "runtime"])
 def test_native_layers(layer: str) -> None:
-    """Kernels include kernels; the runtime kernels and itself; only bindings have heard of Python."""
-    allowed = {"kernels": ("kernels",), "runtime": ("kernels", "runtime")}[layer]
+    """Kernels and GPU include themselves; the runtime both and itself; only bindings have heard of Python."""
+    allowed = {"kernels": ("kernels",), "gpu": ("gpu",), "runtime": ("kernels", "gpu", "runtime")}[layer]
     for path in sorted((NATIVE / layer).iterdir()):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"nanobind|Python\.h|PyErr", text), f"{name_of(path)} has heard of Python"

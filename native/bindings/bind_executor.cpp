@@ -155,8 +155,8 @@ class BoundExecutor {
       }
     }
     int max_tokens, max_head_rows, num_steps;
-    std::vector<bool> has_neurons;    // by step
-    std::vector<int> widths;          // of the buffers; the last one is the logits
+    std::vector<bool> has_neurons;  // by step
+    std::vector<int> widths;        // of the buffers; the last one is the logits
     std::vector<KvPool> pools;
     std::shared_ptr<GpuProgram> gpu;  // or null
     int num_embeddings, num_positions;

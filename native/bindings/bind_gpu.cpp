@@ -10,7 +10,7 @@
 
 #include <chrono>
 
-#include "../gpu/gpu_program.h"
+#include "../runtime/gpu_program.h"
 
 namespace nb = nanobind;
 using namespace isotherm;

@@ -5,9 +5,9 @@
 #include <variant>
 #include <vector>
 
-#include "../gpu/gpu_program.h"
 #include "../kernels/table.h"
 #include "batch.h"
+#include "gpu_program.h"
 
 namespace isotherm {
 

@@ -148,14 +148,15 @@ class _Assembly:
         if self._gpu is None or placement is None:
             return None
         own = cpu_part(fit.program, placement)
-        own_bytes = token_bytes(own, [spec for spec, _ in packed_entries(own, self._tensors)], is_head_tied=False)
+        entries = [spec for spec, _ in packed_entries(own, self._tensors)]
         facts = PlacementFacts(
             device=self._gpu.name,
             name=self._gpu.facts.name,
             num_layers=placement.num_layers,
             has_embedding=placement.first_layer < 0,
             num_bytes=placement.num_bytes,
-            token_bytes=self._token_bytes() - own_bytes,
+            token_bytes=self._token_bytes() - token_bytes(own, entries, is_head_tied=False),
+            token_ops=token_ops(fit.program, fit.entries) - token_ops(own, entries),
         )
         self._reporter.notice(facts.text(self._checkpoint.config.num_layers))
         return facts

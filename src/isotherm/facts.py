@@ -19,6 +19,30 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True)
+class GpuDeviceFacts:
+    """One device of an OpenCL driver, as it says itself and as it was measured."""
+
+    device: str  # as --device names it
+    name: str
+    driver: str  # and its version
+    is_gpu: bool  # not a CPU that poses as a device
+    shares_memory: bool  # with the CPU
+    memory_bytes: int
+    num_units: int
+    complaint: str  # why it cannot be used; empty: it can
+    limits: "GpuLimits | None"  # None: it cannot be used
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """The best that a GPU has shown."""
+
+    copy_bytes_per_s: float  # in its memory, what is read and what is written both counted
+    int8_ops_per_s: float  # dot products of four bytes; a multiply-add is two
+    launch_s: float  # of a kernel that does nothing, many in a row
+
+
+@dataclass(frozen=True)
 class MemoryForecast:
     """Bytes that a loaded model takes once all of its context is in use."""
 
@@ -41,16 +65,16 @@ class PlacementFacts:
     has_embedding: bool
     num_bytes: int  # weights, KV pages and work buffers
     token_bytes: int  # weights that one decoded token reads there
+    token_ops: int  # integer operations there of one token's matmuls, without the head
 
     def text(self, num_layers: int) -> str:
         """num_layers: of the model."""
-        layers = (
-            f"all {num_layers} layers"
-            if self.num_layers == num_layers
-            else f"the last {self.num_layers} of {num_layers} layers"
-        )
-        parts = ["the embedding", layers, "the head"] if self.has_embedding else [layers, "the head"]
-        return f"{self.device} ({self.name}): {', '.join(parts[:-1])} and {parts[-1]}"
+        parts = ["the embedding"] if self.has_embedding else []
+        if self.num_layers:
+            some = f"the last {self.num_layers} of {num_layers} layers"
+            parts.append(f"all {num_layers} layers" if self.num_layers == num_layers else some)
+        whole = " and ".join([*([", ".join(parts)] if parts else []), "the head"])
+        return f"{self.device} ({self.name}): {whole}"
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ def to_json(result: "BenchResult") -> dict[str, Any]:
         "token_bytes": facts.token_bytes,
         "token_ops": facts.token_ops,
         "device": asdict(result.device),
+        "placement": asdict(facts.placement) if facts.placement else None,
+        "gpu": asdict(result.gpu) if result.gpu else None,
         "weights_bytes_per_s": result.weights_bytes_per_s,
         "tests": [
             {
@@ -132,11 +134,28 @@ def to_text(result: "BenchResult") -> str:
             f"load {facts.load_s:.2f} s, peak memory {peak}",
             f"machine: reads {device.read_bytes_per_s / 1e9:.1f} GB/s, int8 {device.int8_ops_per_s / 1e9:.0f} GOPS "
             "(best of the probes of this run)",
+            *_placement_lines(result),
             *_weights_line(result),
             *(_limit_line(speed, result) for speed in result.tests),
             *(f"\n{profile_text(profile)}" for profile in result.profiles),
         ]
     )
+
+
+def _placement_lines(result: "BenchResult") -> list[str]:
+    facts, placed, best = result.model, result.model.placement, result.gpu
+    if placed is None:
+        return []
+    own_bytes = facts.token_bytes - placed.token_bytes
+    line = (
+        f"{placed.text(facts.config.num_layers)}, {placed.num_bytes / 1e6:.0f} MB; of what a token reads "
+        f"{placed.token_bytes / 1e6:.1f} MB lie there and {own_bytes / 1e6:.1f} MB with the CPU"
+    )
+    if best is None:
+        return [line]
+    launch = f"launches in {1e6 * best.launch_s:.1f} us"
+    rates = f"copies {best.copy_bytes_per_s / 1e9:.1f} GB/s, int8 {best.int8_ops_per_s / 1e9:.0f} GOPS, {launch}"
+    return [line, f"{placed.device}: {rates} (best of the probes of this run)"]
 
 
 def _weights_line(result: "BenchResult") -> list[str]:

@@ -15,10 +15,11 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import isotherm
 from isotherm import _native
 from isotherm.backends.cpu.isa import choose_isa
+from isotherm.backends.gpu.survey import survey
 from isotherm.cli.console import notice, printable
 from isotherm.cli.settings import choose, unknown_variables
-from isotherm.errors import OptionError, UnsupportedCpu
-from isotherm.facts import DeviceFacts
+from isotherm.errors import DeviceNotFound, OptionError, UnsupportedCpu
+from isotherm.facts import DeviceFacts, GpuDeviceFacts
 from isotherm.formats import folders
 from isotherm.probe import measure, physical_cores
 from isotherm.quantization.packed_cache import list_cache
@@ -79,6 +80,8 @@ class Diagnosis:
     environment: dict[str, str]
     folders: tuple[Folder, ...]
     packed: tuple[Packed, ...]
+    gpus: tuple[GpuDeviceFacts, ...]
+    no_gpus: str  # why there are none, where there is no driver
     complaints: tuple[str, ...]  # of settings and variables
 
 
@@ -99,6 +102,7 @@ def examine() -> Diagnosis:
     notice("measuring this machine")
     memory = psutil.virtual_memory()
     device = measure(physical_cores(), isa)
+    gpus, no_gpus = _gpus()
     return Diagnosis(
         versions=_versions(),
         python=f"{platform.python_implementation()} {platform.python_version()}",
@@ -113,6 +117,8 @@ def examine() -> Diagnosis:
         environment=_environment(),
         folders=_folders(),
         packed=_packed(),
+        gpus=gpus,
+        no_gpus=no_gpus,
         complaints=tuple(complaints),
     )
 
@@ -153,6 +159,7 @@ def warnings(d: Diagnosis) -> list[str]:
                 f"{_size(folder.free_bytes)} free on the disk of {folder.path}: make room, or point ISOTHERM_CACHE "
                 "and HF_HOME to another disk"
             )
+    found += [f"{gpu.device} ({gpu.name}) cannot be used: {gpu.complaint}" for gpu in d.gpus if gpu.complaint]
     unsound = [packed for packed in d.packed if packed.complaint]
     found += [f"{packed.path} {packed.complaint}: delete it, the next start packs anew" for packed in unsound]
     return found
@@ -169,6 +176,7 @@ def to_text(d: Diagnosis, *, with_models: bool) -> str:
         "instructions": f"{device.isa} (here: {', '.join(d.isas)})",
         "memory": f"{_size(device.memory_bytes)} for us, {_size(d.available_memory_bytes)} free, "
         f"{_size(d.machine_memory_bytes)} in all",
+        **({gpu.device: _gpu_text(gpu) for gpu in d.gpus} or {"gpus": d.no_gpus or "no driver offers a device"}),
         "huge pages": d.huge_pages or "unknown",
         "reads memory": f"{device.read_bytes_per_s / 1e9:.1f} GB/s",
         "int8": f"{device.int8_ops_per_s / 1e9:.0f} GOPS",
@@ -225,6 +233,22 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "missing"
     return versions
+
+
+def _gpus() -> tuple[tuple[GpuDeviceFacts, ...], str]:
+    try:
+        return tuple(survey()), ""
+    except DeviceNotFound as error:
+        return (), str(error).partition(";")[0]
+
+
+def _gpu_text(gpu: GpuDeviceFacts) -> str:
+    kind = "a CPU that poses as a device" if not gpu.is_gpu else "shares the CPU's memory" if gpu.shares_memory else ""
+    parts = [gpu.name, gpu.driver, kind, f"{gpu.num_units} units, {_size(gpu.memory_bytes)}"]
+    if best := gpu.limits:
+        parts.append(f"copies {best.copy_bytes_per_s / 1e9:.1f} GB/s, int8 {best.int8_ops_per_s / 1e9:.0f} GOPS")
+        parts.append(f"launches in {1e6 * best.launch_s:.1f} us")
+    return ", ".join(part for part in (*parts, gpu.complaint) if part)
 
 
 def _huge_pages() -> str | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from isotherm.backends.gpu.survey import measure as measure_gpu
 from isotherm.engine.solo import RecordedRun
-from isotherm.errors import OptionError
+from isotherm.errors import InsufficientMemory, OptionError
 from isotherm.evaluation.profile import Profile, profile
-from isotherm.facts import DeviceFacts, ModelFacts
+from isotherm.facts import DeviceFacts, GpuLimits, ModelFacts
 from isotherm.probe import measure
 from isotherm.text import TextGenerator
 
@@ -72,6 +73,7 @@ class BenchResult:
     weights_bytes_per_s: float | None  # at best, of reading the weights where they lie; None: the backend cannot tell
     profiles: tuple[Profile, ...] = ()  # of the tests, where asked for
     recorded: tuple[RecordedRun, ...] = ()  # the last run of each profile
+    gpu: GpuLimits | None = None  # of the GPU that has a part of the model, at best
 
 
 def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], None] | None = None) -> BenchResult:
@@ -111,6 +113,7 @@ def bench(model: TextGenerator, options: BenchOptions, on_step: Callable[[str], 
         limits.weights_bytes_per_s,
         recorder.profiles(limits.device),
         recorder.last_runs(),
+        limits.gpu,
     )
 
 
@@ -120,6 +123,7 @@ class _Limits:
     def __init__(self, model: TextGenerator) -> None:
         self._model = model
         self.device = self._probed()
+        self.gpu = self._probed_gpu()
         self.weights_s = self._read_s()
 
     def probe(self) -> None:
@@ -131,6 +135,28 @@ class _Limits:
         )
         if self.weights_s is not None and read_s is not None:
             self.weights_s = min(self.weights_s, read_s)
+        if (gpu := self._probed_gpu()) and self.gpu:
+            self.gpu = GpuLimits(
+                copy_bytes_per_s=max(self.gpu.copy_bytes_per_s, gpu.copy_bytes_per_s),
+                int8_ops_per_s=max(self.gpu.int8_ops_per_s, gpu.int8_ops_per_s),
+                launch_s=min(self.gpu.launch_s, gpu.launch_s),
+            )
+
+    def prefill_limit(self) -> tuple[str, float]:
+        """What it is called, and seconds of a token at it."""
+        facts, placed = self._model.facts, self._model.facts.placement
+        if placed is None or self.gpu is None:
+            return "int8 rate", facts.token_ops / self.device.int8_ops_per_s
+        own_s = (facts.token_ops - placed.token_ops) / self.device.int8_ops_per_s
+        return "int8 rates", own_s + placed.token_ops / self.gpu.int8_ops_per_s
+
+    def decode_limit(self) -> tuple[str, float]:
+        """As `prefill_limit`."""
+        facts, placed = self._model.facts, self._model.facts.placement
+        if placed is None or self.gpu is None:
+            return "read bandwidth", facts.token_bytes / self.device.read_bytes_per_s
+        own_s = (facts.token_bytes - placed.token_bytes) / self.device.read_bytes_per_s
+        return "bandwidths", own_s + placed.token_bytes / self.gpu.copy_bytes_per_s
 
     @property
     def weights_bytes_per_s(self) -> float | None:
@@ -139,6 +165,15 @@ class _Limits:
     def _probed(self) -> DeviceFacts:
         facts = self._model.facts
         return measure(facts.num_threads, facts.isa if facts.backend == "cpu" else None)
+
+    def _probed_gpu(self) -> GpuLimits | None:
+        placed = self._model.facts.placement
+        if placed is None:
+            return None
+        try:
+            return measure_gpu(int(placed.device.partition(":")[2]))
+        except InsufficientMemory:  # the model has all of it
+            return None
 
     def _read_s(self) -> float | None:
         return min((s for _ in range(_NUM_READS) if (s := self._model.read_weights_s()) is not None), default=None)
@@ -168,17 +203,18 @@ class _Timer:
             self._busy_s += timing.busy_s
 
     def results(self, limits: _Limits) -> tuple[Speed, ...]:
-        options, facts, device, results = self._options, self._model.facts, limits.device, []
+        options, results = self._options, []
         if self._prefill:
-            share = facts.token_ops * statistics.median(self._prefill) / device.int8_ops_per_s
-            results.append(Speed(f"pp{options.prompt_tokens}", tuple(self._prefill), "int8 rate", share, None))
+            limit, limit_s = limits.prefill_limit()
+            share = limit_s * statistics.median(self._prefill)
+            results.append(Speed(f"pp{options.prompt_tokens}", tuple(self._prefill), limit, share, None))
         if self._decode:
             median = statistics.median(self._decode)
-            share = facts.token_bytes * median / device.read_bytes_per_s
+            limit, limit_s = limits.decode_limit()
             weights_share = limits.weights_s and limits.weights_s * median
             name = _decode_name(options.decode_tokens, options.depth)
             python_share = 1 - self._busy_s / self._total_s
-            results.append(Speed(name, tuple(self._decode), "read bandwidth", share, python_share, weights_share))
+            results.append(Speed(name, tuple(self._decode), limit, limit_s * median, python_share, weights_share))
         return tuple(results)
 
 

@@ -90,6 +90,7 @@ class CompiledCpu:
     def __init__(
         self, executor: "_native.Executor", program: Program, weights: PackedWeights, compiler: "_Compiler"
     ) -> None:
+        self._device = compiler.device  # kept: its buffers are the executor's
         self._executor = executor
         self._program = program
         self._weights = weights
@@ -152,8 +153,8 @@ class CompiledCpu:
     def busy_s(self) -> float:
         return self._executor.busy_s
 
-    def read_weights_s(self) -> float:
-        return self._executor.read_weights()
+    def read_weights_s(self) -> float | None:
+        return self._executor.read_weights() if self._device is None else None
 
     def record(self, run: Callable[[], T], num_batches: int) -> tuple[T, Recording]:
         capacity = num_batches * max_marks(self._program) + 1
@@ -193,7 +194,7 @@ class _Compiler:
         self._program = program
         self._weights = weights
         self._limits = limits
-        self._device = device
+        self.device = device
         self.rope_tables: dict[Rope, F32] = dict(device.rope_tables) if device else {}
         self._rope_indices: dict[Rope, int] = {}
         self._matrices: dict[str, int] = {}
@@ -202,16 +203,16 @@ class _Compiler:
 
     def compile(self) -> None:
         for i, (state, num_pages) in enumerate(zip(self._program.states, self._limits.num_pages, strict=True)):
-            num_layers = state.num_layers - (self._device.num_layers(i) if self._device else 0)
+            num_layers = state.num_layers - (self.device.num_layers(i) if self.device else 0)
             is_q8_0 = state.kv_type is KvType.Q8_0
             self._builder.pool(is_q8_0, num_layers, num_pages, state.num_kv_heads, state.head_dim, state.window or 0)
         for width in self.buffers.widths:
             self._builder.buffer(width)
-        if self._device:
-            self._builder.gpu(self._device.program, self._device.num_embeddings, self._limits.context_tokens)
+        if self.device:
+            self._builder.gpu(self.device.program, self.device.num_embeddings, self._limits.context_tokens)
         for i, op in enumerate(self._program.ops):
-            if self._device and self._device.takes(i):
-                self._builder.device_step(self._device.step(i), isinstance(op, ops.SelectRows))
+            if self.device and self.device.takes(i):
+                self._builder.device_step(self.device.step(i), isinstance(op, ops.SelectRows))
             else:
                 self._step(op)
 

@@ -37,7 +37,7 @@ _IS_NORMED, _KEEPS_VALUES = 1, 2  # of elementwise.cl
 
 @dataclass(frozen=True)
 class _Launch:
-    """See GpuLaunch in native/gpu/gpu_program.h."""
+    """See GpuLaunch in native/runtime/gpu_program.h."""
 
     kernel: int
     panels: int

@@ -75,6 +75,10 @@ def attention_source(shape: AttentionShape, kv_type: KvType) -> Source:
     return _source(defines, _text("attention"))
 
 
+def probe_source() -> Source:
+    return _source({"LANES": ROW_LANES}, _text("probe"))
+
+
 def group_heads(shape: AttentionShape) -> int:
     """Query heads of one KV head that a group computes: they share what is read of its pages."""
     heads = shape.num_heads // shape.num_kv_heads

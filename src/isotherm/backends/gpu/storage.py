@@ -89,7 +89,7 @@ class Storage:
         self.partials = self._gpu.allocate(4 * max(partials))
 
     def _batch_ints(self) -> int:
-        """See GpuProgram in native/gpu/gpu_program.h; at worst each token is a sequence of its own."""
+        """See GpuProgram in native/runtime/gpu_program.h; at worst each token is a sequence of its own."""
         num_states = len(self._program.states)
         pages = -(-self._limits.context_tokens // PAGE_TOKENS)
         row_ints = 2 + num_states * (1 + pages) + sum(rope.dims for rope in self.ropes)
@@ -122,7 +122,7 @@ class Storage:
         return buffer, sum(widths)
 
     def transfer(self, value: Value) -> RowsTuple:
-        """See GpuRows in native/gpu/gpu_program.h."""
+        """See GpuRows in native/runtime/gpu_program.h."""
         place = self.places[value]
         return self._plan.at[value], place.buffer, place.offset, place.stride, value.width
 

@@ -80,7 +80,7 @@ typedef struct {
   float scale[2], minimum[2];
 } Block;
 
-// Of what a batch's rows are told; native/gpu/gpu_program.h has its form. States: groups of layers with KV pages.
+// Of what a batch's rows are told; native/runtime/gpu_program.h has its form. States: groups of layers with KV pages.
 #define NUM_ROWS(batch) ((batch)[0])
 #define TOKEN_ID(batch, row) ((batch)[1 + (row)])
 #define POSITION(batch, row) ((batch)[1 + NUM_ROWS(batch) + (row)])

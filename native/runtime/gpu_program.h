@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "../runtime/batch.h"
-#include "gpu_device.h"
+#include "../gpu/gpu_device.h"
+#include "batch.h"
 
 namespace isotherm {
 

@@ -1,0 +1,93 @@
+"""Which GPUs there are, and what they can do at best."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from isotherm import _native
+from isotherm.backends.gpu.sources import ROW_LANES, probe_source
+from isotherm.errors import DeviceFailed, DeviceNotFound, InsufficientMemory
+from isotherm.facts import GpuDeviceFacts, GpuLimits
+
+_MOST_COPY_BYTES = 256 << 20
+_NUM_ROUNDS = 5
+_LAUNCHES = 256
+_LEAST_S = 0.005
+
+
+def survey() -> list[GpuDeviceFacts]:
+    """Every device of every driver, measured for about half a second each. Raises DeviceNotFound without a driver."""
+    return [examine(i, facts) for i, facts in enumerate(_native.list_gpus())]
+
+
+def examine(index: int, facts: _native.GpuFacts) -> GpuDeviceFacts:
+    """Measures one; what fails there is told in `complaint`."""
+    complaint = f"it lacks {facts.lacks}" if facts.lacks else ""
+    limits = None
+    if not complaint:
+        try:
+            limits = measure(index)
+        except (DeviceNotFound, DeviceFailed, InsufficientMemory) as error:
+            complaint = str(error)
+    return GpuDeviceFacts(
+        device=f"gpu:{index}",
+        name=facts.name,
+        driver=f"{facts.platform} {facts.driver}".strip(),
+        is_gpu=facts.is_gpu,
+        shares_memory=facts.shares_memory,
+        memory_bytes=facts.memory_bytes,
+        num_units=facts.num_units,
+        complaint=complaint,
+        limits=limits,
+    )
+
+
+def measure(index: int) -> GpuLimits:
+    """The best of several rounds. Raises what a GpuDevice does."""
+    device = _native.GpuDevice(index)
+    probe = probe_source()
+    program = device.build(probe.text, probe.options, b"")
+    return GpuLimits(_copy_bytes_per_s(device), _int8_ops_per_s(device, program), _launch_s(device, program))
+
+
+def _copy_bytes_per_s(device: _native.GpuDevice) -> float:
+    num_bytes = min(_MOST_COPY_BYTES, device.facts.memory_bytes // 8, device.facts.largest_buffer_bytes)
+    num_bytes -= num_bytes % 4096
+    source, target = device.allocate(num_bytes), device.allocate(num_bytes)
+    device.write(source, 0, np.zeros(num_bytes, np.uint8))
+    return 2 * num_bytes / _best_s(device, lambda: device.copy(source, target, num_bytes))
+
+
+def _int8_ops_per_s(device: _native.GpuDevice, program: int) -> float:
+    """Rounds are doubled until they take long enough to be timed."""
+    num_groups, num_rounds = 16 * device.facts.num_units, 64
+    out = device.allocate(4 * num_groups * ROW_LANES)
+    while True:
+        kernel = device.kernel(program, "multiply_int8", [out, num_rounds])
+        seconds = _best_s(device, partial(device.launch, kernel, (num_groups, 1, 1), ROW_LANES))
+        if seconds > _LEAST_S or num_rounds > 1 << 24:
+            return 2 * 8 * 8 * num_rounds * num_groups * ROW_LANES / seconds
+        num_rounds *= 2
+
+
+def _launch_s(device: _native.GpuDevice, program: int) -> float:
+    kernel = device.kernel(program, "nothing", [device.allocate(4)])
+
+    def launch() -> None:
+        for _ in range(_LAUNCHES):
+            device.launch(kernel, (1, 1, 1), ROW_LANES)
+
+    return _best_s(device, launch) / _LAUNCHES
+
+
+def _best_s(device: _native.GpuDevice, run: Callable[[], None]) -> float:
+    times = []
+    for _ in range(_NUM_ROUNDS):
+        device.finish()
+        started = time.perf_counter()
+        run()
+        device.finish()
+        times.append(time.perf_counter() - started)
+    return min(times)

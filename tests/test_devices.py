@@ -1,0 +1,175 @@
+"""Devices through the public door: named, filled, missing, failing. A process has one driver: others are children's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pocl import open_pocl
+from tiny_models import write_tiny
+
+import isotherm
+from isotherm.errors import InsufficientMemory, OptionError
+from isotherm.types import LoadOptions, QuantType
+
+SIZES = {"num_layers": 3, "hidden_size": 64, "ffn_size": 96, "head_dim": 16, "tied_head": False}
+# What a child does: prints notices and the answer, or the error.
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[3])
+if sys.argv[4] == "pocl":
+    from pocl import open_pocl
+    assert not open_pocl(), open_pocl()
+import isotherm
+from isotherm.errors import IsothermError
+from isotherm.formats.fetching import SilentReporter
+class Reporter(SilentReporter):
+    def notice(self, text):
+        print("notice:", text)
+try:
+    options = isotherm.LoadOptions(context_tokens=256, device=sys.argv[2], cache_bytes=0)
+    with isotherm.load(sys.argv[1], options=options, reporter=Reporter()) as model:
+        print("answer:", list(model.generate("the cat and the hat are in the house", max_tokens=8).token_ids))
+except IsothermError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", QuantType.Q4_0, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver of tests/native/fake_opencl.cpp."""
+    library = tmp_path_factory.mktemp("fake") / "libfake.so"
+    source = Path(__file__).parent / "native" / "fake_opencl.cpp"
+    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", "-O1", source, "-o", library], check=True, timeout=120)
+    return library
+
+
+def child(model: Path, device: str, driver: str | Path, **environment: str) -> str:
+    """driver: a library, or "pocl"."""
+    values = {**os.environ, "ISOTHERM_OPENCL": str(driver), **environment}
+    arguments = [sys.executable, "-c", CHILD, str(model), device, str(Path(__file__).parent), str(driver)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=values)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture
+def pocl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
+    monkeypatch.setenv("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
+    if reason := open_pocl():
+        pytest.skip(reason)
+
+
+def answer(model: Path, device: str, vram_bytes: int | None = None, **options: object) -> tuple[list[int], str]:
+    """Ids of an answer, and where what was computed."""
+    chosen = LoadOptions(context_tokens=256, device=device, vram_bytes=vram_bytes, **options)  # type: ignore[arg-type]
+    with isotherm.load(model, options=chosen) as generator:
+        placement = generator.facts.placement
+        ids = list(generator.generate("the cat and the hat", max_tokens=24).token_ids)
+        return ids, "cpu" if placement is None else placement.text(generator.facts.config.num_layers)
+
+
+@pytest.mark.usefixtures("pocl")
+def test_a_model_answers_alike_wherever_it_lies(tiny: Path) -> None:
+    expected, where = answer(tiny, "cpu")
+    assert where == "cpu"
+    ids, where = answer(tiny, "gpu:0")
+    assert where.endswith("the embedding, all 3 layers and the head")
+    assert ids == expected
+    places = set()
+    for vram_bytes in range(700_000, 1_600_000, 100_000):
+        ids, where = answer(tiny, "gpu:0", vram_bytes)
+        assert ids == expected, where
+        places.add(where.partition(": ")[2])
+    assert {"the last 1 of 3 layers and the head", "the last 2 of 3 layers and the head"} <= places
+
+
+@pytest.mark.usefixtures("pocl")
+def test_memory_that_holds_nothing(tiny: Path) -> None:
+    with pytest.raises(InsufficientMemory, match=r"in 0\.1 MB: not even its head; give more with --vram"):
+        answer(tiny, "gpu:0", 100_000)
+
+
+@pytest.mark.usefixtures("pocl")
+def test_auto_leaves_a_cpu_that_poses_as_a_device_alone(tiny: Path) -> None:
+    assert answer(tiny, "auto")[1] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpus", "gpu:", "gpu:x", "gpu:-1", "cuda", ""])
+def test_names_of_no_device(tiny: Path, name: str) -> None:
+    with pytest.raises(OptionError, match="auto, cpu, gpu or gpu:N"):
+        isotherm.load(tiny, options=LoadOptions(device=name))
+
+
+def test_options_that_do_not_go_together(tiny: Path) -> None:
+    with pytest.raises(OptionError, match="reference backend runs on the CPU"):
+        isotherm.load(tiny, options=LoadOptions(device="gpu", backend="reference"))
+    with pytest.raises(OptionError, match="vram_bytes is 0"):
+        isotherm.load(tiny, options=LoadOptions(vram_bytes=0))
+
+
+def test_a_machine_without_a_driver(tiny: Path) -> None:
+    assert "answer:" in child(tiny, "auto", "/nowhere/libOpenCL.so")
+    said = child(tiny, "gpu", "/nowhere/libOpenCL.so")
+    assert "DeviceNotFound: ISOTHERM_OPENCL names /nowhere/libOpenCL.so, which cannot be opened" in said
+    assert "--device cpu needs none" in said
+
+
+def test_the_cpu_alone_touches_no_driver(tiny: Path, fake: Path) -> None:
+    assert "answer:" in child(tiny, "cpu", fake, FAKE_ABORT="1")
+
+
+def test_a_library_that_is_no_driver(tiny: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libempty.so"
+    subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", library], check=True, timeout=120)
+    assert "DeviceNotFound: the OpenCL library lacks clGetPlatformIDs" in child(tiny, "gpu:0", library)
+
+
+def test_devices_that_cannot_be_used(tiny: Path, fake: Path) -> None:
+    assert "DeviceNotFound: there is no gpu:7; gpu:0 is Fake GPU" in child(tiny, "gpu:7", fake)
+    for device in ("gpu", "gpu:0"):
+        said = child(tiny, device, fake, FAKE_LACKS="1")
+        assert "DeviceNotFound" in said
+        assert "lacks fused multiply-add" in said
+    assert "answer:" in child(tiny, "auto", fake, FAKE_LACKS="1")
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        ("CreateContext:-5", "DeviceFailed: Fake GPU: clCreateContext gave error -5; --device cpu"),
+        ("CreateBuffer:-4:20", "InsufficientMemory: Fake GPU: clCreateBuffer gave error -4; give it less with --vram"),
+        ("EnqueueWriteBuffer:-4:3", "InsufficientMemory: Fake GPU: clEnqueueWriteBuffer gave error -4"),
+        ("BuildProgram:-11", "DeviceFailed: Fake GPU: kernels were not compiled: line 1: no such thing"),
+        ("CreateKernel:-46", "DeviceFailed: Fake GPU: clCreateKernel gave error -46"),
+        ("EnqueueNDRangeKernel:-9999:10", "DeviceFailed: Fake GPU: clEnqueueNDRangeKernel gave error -9999"),
+        ("EnqueueReadBuffer:-36", "DeviceFailed: Fake GPU: clEnqueueReadBuffer gave error -36"),
+        ("Finish:-36", "DeviceFailed: Fake GPU: clFinish gave error -36"),
+        ("Flush:-36:2", "DeviceFailed: Fake GPU: clFlush gave error -36"),
+    ],
+)
+def test_a_driver_that_fails(tiny: Path, fake: Path, failure: str, expected: str) -> None:
+    """At any call: the error has a type, says which call it was, and the way out; nothing hangs or crashes."""
+    assert expected in child(tiny, "gpu", fake, FAKE_FAIL=failure)
+
+
+def test_auto_takes_a_gpu_with_memory_of_its_own(tiny: Path, fake: Path) -> None:
+    assert "notice: gpu:0 (Fake GPU): the embedding, all 3 layers and the head" in child(tiny, "auto", fake)
+
+
+def test_two_devices_give_one_answer(tiny: Path) -> None:
+    if reason := open_pocl():
+        pytest.skip(reason)
+    environment = {"POCL_DEVICES": "pthread basic", "POCL_EXTRA_BUILD_FLAGS": "-cl-opt-disable"}
+    said = [child(tiny, device, "pocl", **environment) for device in ("cpu", "gpu:0", "gpu:1")]
+    answers = [line for text in said for line in text.splitlines() if line.startswith("answer:")]
+    assert len(answers) == 3
+    assert len(set(answers)) == 1
+    assert "notice: gpu:1 (" in said[2]
