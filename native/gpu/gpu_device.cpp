@@ -88,6 +88,9 @@ std::string device_text(cl::Device device, cl::Uint what) {
       [&](size_t size, void* to, size_t* real) { return cl::calls().GetDeviceInfo(device, what, size, to, real); });
 }
 
+constexpr cl::Ulong kLeastLocalBytes = 32 << 10;
+constexpr size_t kLeastLanes = 256;
+
 // What the contract's floats need, and the kernels themselves.
 std::string missing(cl::Device device, bool has_compiler) {
   const auto config = device_value<cl::Ulong>(device, cl::kDeviceFloatConfig);
@@ -102,6 +105,8 @@ std::string missing(cl::Device device, bool has_compiler) {
   need(config & cl::kFloatExactDivision, "exact division");
   need(has_compiler, "a compiler");
   need(device_value<cl::Uint>(device, cl::kDeviceLittleEndian) != 0, "little-endian bytes");
+  need(device_value<cl::Ulong>(device, cl::kDeviceLocalMemory) >= kLeastLocalBytes, "32 KB of local memory");
+  need(device_value<size_t>(device, cl::kDeviceMaxGroup) >= kLeastLanes, "groups of 256 lanes");
   return lacks;
 }
 

@@ -9,16 +9,28 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
+from pocl import open_pocl
 from tiny_models import write_tiny
 
 import isotherm
 from isotherm.cli import diagnosis, main
 from isotherm.cli.diagnosis import DEPENDENCIES, Diagnosis, Folder, Packed, to_text, warnings, without_names
-from isotherm.facts import DeviceFacts
+from isotherm.facts import DeviceFacts, GpuDeviceFacts, GpuLimits
 from isotherm.types import QuantType
 
 ROOT = Path(__file__).parents[2]
 USER, HOST = "berta", "bertas-laptop"
+GPU = GpuDeviceFacts(
+    device="gpu:0",
+    name="Some GPU",
+    driver="Maker 1.2",
+    is_gpu=True,
+    shares_memory=False,
+    memory_bytes=24 * 10**9,
+    num_units=80,
+    complaint="",
+    limits=GpuLimits(copy_bytes_per_s=900e9, int8_ops_per_s=80e12, launch_s=2.5e-6),
+)
 SOUND = Diagnosis(
     versions={"isotherm": "0.1.0"},
     python="CPython 3.12.1",
@@ -33,6 +45,8 @@ SOUND = Diagnosis(
     environment={},
     folders=(Folder("packed models", "/cache/packed", 10**9, 1, 10**11),),
     packed=(Packed("/cache/packed/a.p32", 10**9, ""),),
+    gpus=(GPU,),
+    no_gpus="",
     complaints=(),
 )
 
@@ -158,6 +172,11 @@ def test_a_sound_machine_has_no_warnings() -> None:
             "a.p32 is not complete",
             "delete it",
         ),
+        (
+            replace(SOUND, gpus=(replace(GPU, complaint="it lacks exact division", limits=None),)),
+            "gpu:0 (Some GPU) is not used: it lacks exact division",
+            "a newer driver",
+        ),
         (replace(SOUND, complaints=("ISOTHERM_X is wrong; mend it",)), "ISOTHERM_X", "mend it"),
     ],
 )
@@ -165,6 +184,30 @@ def test_each_warning_has_a_way_out(changed: Diagnosis, message: str, way_out: s
     (warning,) = warnings(changed)
     assert message in warning
     assert way_out in warning
+
+
+def test_devices_are_listed() -> None:
+    line = next(line for line in to_text(SOUND, with_models=False).splitlines() if line.startswith("gpu:0"))
+    assert line.split(maxsplit=1)[1] == (
+        "Some GPU, Maker 1.2, 80 units, 24.0 GB, copies 900.0 GB/s, int8 80000 GOPS, launches in 2.5 us"
+    )
+    poor = replace(GPU, complaint="it lacks exact division", limits=None, shares_memory=True)
+    text = to_text(replace(SOUND, gpus=(poor,)), with_models=False)
+    assert "Some GPU, Maker 1.2, shares the CPU's memory, 80 units, 24.0 GB, it lacks exact division" in text
+    text = to_text(replace(SOUND, gpus=(), no_gpus="no OpenCL on this machine"), with_models=False)
+    assert ["gpus", "no OpenCL on this machine"] in [line.split(maxsplit=1) for line in text.splitlines()]
+
+
+def test_a_device_is_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if reason := open_pocl():
+        pytest.skip(reason)
+    assert main(["doctor", "--json"]) == 0
+    (gpu,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert not gpu["is_gpu"]
+    assert gpu["complaint"] == ""
+    assert gpu["limits"]["copy_bytes_per_s"] > 1e8
+    assert gpu["limits"]["int8_ops_per_s"] > 1e8
+    assert 0 < gpu["limits"]["launch_s"] < 0.1
 
 
 def test_names_are_masked_as_whole_words_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,8 @@ def warnings(d: Diagnosis) -> list[str]:
                 f"{_size(folder.free_bytes)} free on the disk of {folder.path}: make room, or point ISOTHERM_CACHE "
                 "and HF_HOME to another disk"
             )
-    found += [f"{gpu.device} ({gpu.name}) cannot be used: {gpu.complaint}" for gpu in d.gpus if gpu.complaint]
+    unused = [gpu for gpu in d.gpus if gpu.complaint]
+    found += [f"{gpu.device} ({gpu.name}) is not used: {gpu.complaint}; a newer driver may help" for gpu in unused]
     unsound = [packed for packed in d.packed if packed.complaint]
     found += [f"{packed.path} {packed.complaint}: delete it, the next start packs anew" for packed in unsound]
     return found
