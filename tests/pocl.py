@@ -17,7 +17,9 @@ _KNOWN_CPU = b"x86-64-v3"  # has what the kernels need: fused multiply-add, floa
 
 @cache
 def open_pocl() -> str:
-    """Loads the driver into this process; why not, where it cannot."""
+    """Loads the driver into this process; why not, where it cannot. Where ISOTHERM_OPENCL names another, it is taken."""
+    if os.environ.get("ISOTHERM_OPENCL"):
+        return ""
     spec = find_spec("pyopencl")
     if spec is None or spec.origin is None:
         return "no PoCL: pip install 'pyopencl[pocl]' brings it"
