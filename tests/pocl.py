@@ -17,8 +17,9 @@ _KNOWN_CPU = b"x86-64-v3"  # has what the kernels need: fused multiply-add, floa
 
 @cache
 def open_pocl() -> str:
-    """Loads the driver into this process; why not, where it cannot. Where ISOTHERM_OPENCL names another, it is taken."""
-    if os.environ.get("ISOTHERM_OPENCL"):
+    """Loads the driver into this process; why not, where it cannot. ISOTHERM_TEST_OPENCL names another one to test."""
+    if other := os.environ.get("ISOTHERM_TEST_OPENCL"):
+        os.environ["ISOTHERM_OPENCL"] = other
         return ""
     spec = find_spec("pyopencl")
     if spec is None or spec.origin is None:

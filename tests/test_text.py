@@ -151,7 +151,7 @@ def test_a_closed_model_says_so(path: Path) -> None:
 
 
 def test_what_cannot_fit_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isotherm.assemble.available_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("isotherm.fitting.available_memory_bytes", lambda: 1 << 20)
     with pytest.raises(InsufficientMemory, match=r"weights.*KV pages.*work"):
         isotherm.load(path, cache_bytes=0, context_tokens=512)
 

@@ -18,8 +18,10 @@ from isotherm.backends.cpu.packing import (
     token_ops,
 )
 from isotherm.backends.gpu.choice import AUTO, choose_device
+from isotherm.backends.gpu.compiler import GpuCompiler
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.backends.gpu.placement import compile_placed, cpu_part, room_of
+from isotherm.backends.gpu.tuning import tuned_tiling
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine, EngineLimits
 from isotherm.engine.kv_store import open_store
@@ -77,13 +79,20 @@ class _Assembly:
         chosen = chosen_program(recorded, options.quality, cache_dir(), checkpoint.identity)
         self._program, self._tensors = with_predictors(chosen, tensors, options.predictor, checkpoint.identity)
         self._isa = choose_isa()
+        self._part: GpuCompiler | None = None
         self._num_threads = options.threads or physical_cores()
         device = None if options.backend == "reference" else choose_device(options.device)
-        self._gpu = None if device is None else OpenGpu(device, KernelCache(cache_dir() / "kernels"))
+        self._gpu = None if device is None else self._open_gpu(device)
         self._room = room_of(self._gpu, options.vram_bytes) if self._gpu else None
         fitting = Fitting(checkpoint.config, self._program, self._tensors, options, self._num_threads, self._room)
         self._fit = fitting.fit(reporter.notice)
         self._drop_gpu()
+
+    def _open_gpu(self, index: int) -> OpenGpu:
+        cache = KernelCache(cache_dir() / "kernels")
+        gpu = OpenGpu(index, cache)
+        gpu.tiling = tuned_tiling(gpu, cache, self._reporter.notice)
+        return gpu
 
     def _drop_gpu(self) -> None:
         """Where nothing fits a GPU it is let go of, and it is told; not even then silently where it was asked for."""
@@ -139,13 +148,13 @@ class _Assembly:
     def _compile(self, weights: PackedWeights) -> CompiledProgram:
         fit, num_threads, part = self._fit, self._num_threads, None
         if self._gpu is not None and fit.placement is not None:
-            part = compile_placed(self._gpu, fit.program, fit.placement, weights, fit.limits)
+            self._part = part = compile_placed(self._gpu, fit.program, fit.placement, weights, fit.limits)
             num_threads = num_threads if fit.placement.first_layer > 0 else 1  # of which one enqueues
         return CpuBackend(weights, isa=self._isa, num_threads=num_threads).compile(fit.program, fit.limits, part)
 
     def _placement_facts(self) -> PlacementFacts | None:
         fit, placement = self._fit, self._fit.placement
-        if self._gpu is None or placement is None:
+        if self._gpu is None or placement is None or self._part is None:
             return None
         own = cpu_part(fit.program, placement)
         entries = [spec for spec, _ in packed_entries(own, self._tensors)]
@@ -157,6 +166,7 @@ class _Assembly:
             num_bytes=placement.num_bytes,
             token_bytes=self._token_bytes() - token_bytes(own, entries, is_head_tied=False),
             token_ops=token_ops(fit.program, fit.entries) - token_ops(own, entries),
+            num_launches=self._part.num_launches,
         )
         self._reporter.notice(facts.text(self._checkpoint.config.num_layers))
         return facts

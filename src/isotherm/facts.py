@@ -66,6 +66,7 @@ class PlacementFacts:
     num_bytes: int  # weights, KV pages and work buffers
     token_bytes: int  # weights that one decoded token reads there
     token_ops: int  # integer operations there of one token's matmuls, without the head
+    num_launches: int  # of kernels, for one decoded token
 
     def text(self, num_layers: int) -> str:
         """num_layers: of the model."""

@@ -25,7 +25,9 @@ class InventedModel:
     """Takes 9 s for the warm-up of each test, then 1, 2, 4 .. s for a prefill and 0.5, 1, 2 .. s to decode."""
 
     context_tokens = 512
-    facts = SimpleNamespace(token_ops=10**9, token_bytes=10**8, num_threads=2, backend="cpu", isa="avx2")
+    facts = SimpleNamespace(
+        token_ops=10**9, token_bytes=10**8, num_threads=2, backend="cpu", isa="avx2", placement=None
+    )
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []

@@ -155,7 +155,8 @@ def _placement_lines(result: "BenchResult") -> list[str]:
         return [line]
     launch = f"launches in {1e6 * best.launch_s:.1f} us"
     rates = f"copies {best.copy_bytes_per_s / 1e9:.1f} GB/s, int8 {best.int8_ops_per_s / 1e9:.0f} GOPS, {launch}"
-    return [line, f"{placed.device}: {rates} (best of the probes of this run)"]
+    launches = f"{placed.num_launches} launches a token take {1e3 * placed.num_launches * best.launch_s:.2f} ms"
+    return [line, f"{placed.device}: {rates} (best of the probes of this run); {launches}"]
 
 
 def _weights_line(result: "BenchResult") -> list[str]:

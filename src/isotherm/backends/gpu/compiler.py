@@ -13,6 +13,7 @@ from isotherm.backends.cpu.packing import pair_name
 from isotherm.backends.gpu.device import Argument, Gpu, GpuBuffer, LaunchTuple
 from isotherm.backends.gpu.sources import (
     ROW_LANES,
+    SLICE_LANES,
     Source,
     attention_source,
     elementwise_source,
@@ -28,7 +29,6 @@ from isotherm.quantization.packed_file import EntrySpec
 from isotherm.types import Activation, QuantType, Rope
 
 _FEW_ROWS = (1, 2, 4, MOST_FEW_ROWS)  # of a batch: each has a kernel; more rows have another
-_SLICE_LANES = 32
 _MANY = 1 << 30
 _ACTIVATIONS = (None, *(Activation(name) for name in ("silu", "gelu_tanh", "relu", "relu_squared", "drelu")))
 _HAS_BIAS, _HAS_RESIDUAL, _IS_GLU, _ACTIVATION_STEP = 1, 2, 4, 8  # flags of finish.cl
@@ -74,6 +74,7 @@ class GpuCompiler:
         readers = (op for i, op in enumerate(program.ops) if i not in placed)
         self._read_by_cpu = {value for op in readers for value in flow.inputs(op)} | {program.logits}
         self._selected = _selected(program)
+        self.num_launches = 0  # of a decoded token, in the steps so far
         ops_here = [program.ops[i] for i in sorted(placed)]
         self._storage = storage = Storage(gpu, program, ops_here, weights, limits, plan)
         self.program = gpu.program(storage.batch, storage.head, len(program.states))
@@ -108,10 +109,11 @@ class GpuCompiler:
                 assert value not in self._made, "a value is read before it is made"
                 storage.out(value)
                 uploads.append(storage.transfer(value))
-        launches = [launch.plain for launch in self._launches(op)]
+        launches = list(self._launches(op))
+        self.num_launches += sum(launch.least_rows == 1 for launch in launches)
         outputs = [storage.transfer(value) for value in flow.outputs(op)]
         downloads = [storage.transfer(value) for value in flow.outputs(op) if value in self._read_by_cpu]
-        return self.program.step(launches, uploads, outputs, downloads)
+        return self.program.step([launch.plain for launch in launches], uploads, outputs, downloads)
 
     def _launches(self, op: ops.Op) -> Iterator[_Launch]:
         match op:
@@ -153,15 +155,12 @@ class GpuCompiler:
 
     def _embed(self, op: ops.Embed) -> _Launch:
         entry, out = self._weights.entry(op.weight), self._storage.out(op.out)
-        source = self._matmul_source(entry)
+        source = matmul_source(entry.types[0], entry.types[0], self._gpu.tiling)
         name = "embed_floats" if entry.types[0].is_float else "embed"
         weight, num_blocks = self._storage.matrix(op.weight), padded_columns(op.out.width) // BLOCK_COLUMNS
         return self._launch(
             source, name, weight, num_blocks, self._storage.batch, out.buffer, op.out.width, out.stride, op.scale
         )
-
-    def _matmul_source(self, entry: EntrySpec) -> Source:
-        return matmul_source(entry.types[0], entry.types[-1], self._gpu.tiling)
 
     def _quantise(self, x: Value, norm: NormWeights | None, *, keeps_values: bool) -> _Launch:
         place = self._storage.places[x]
@@ -226,7 +225,8 @@ class GpuCompiler:
     def _multiply(
         self, entry: EntrySpec, x: Value, weight: GpuBuffer, panels: int, finish: list[Argument]
     ) -> Iterator[_Launch]:
-        source, tiling = self._matmul_source(entry), self._gpu.tiling
+        tiling = self._gpu.tiling.for_panels(panels, self._gpu.num_units)
+        source = matmul_source(entry.types[0], entry.types[-1], tiling)
         rows, num_blocks = self._rows_of(x), padded_columns(x.width) // BLOCK_COLUMNS
         is_float = entry.types[0].is_float
         quantised: list[Argument] = (
@@ -234,14 +234,14 @@ class GpuCompiler:
         )
         arguments = [weight, num_blocks, *quantised, rows, *finish]
         most = MOST_FEW_ROWS
-        many_lanes, many_rows = _SLICE_LANES * tiling.many_slices, tiling.many_slices * tiling.many_tokens
+        many_lanes, many_rows = SLICE_LANES * tiling.many_slices, tiling.many_slices * tiling.many_tokens
         if is_float:
             kernel = self._kernel(source, "multiply_floats_few", arguments)
             yield _Launch(kernel, panels, tiling.many_slices, lanes=many_lanes, most_rows=most)
         else:
             for below, few in zip((0, *_FEW_ROWS), _FEW_ROWS, strict=False):
                 kernel = self._kernel(source, f"multiply_{few}", arguments)
-                lanes = _SLICE_LANES * tiling.few_slices
+                lanes = SLICE_LANES * tiling.few_slices
                 yield _Launch(kernel, panels, few, lanes=lanes, least_rows=below + 1, most_rows=few)
         kernel = self._kernel(source, "multiply_floats_many" if is_float else "multiply_many", arguments)
         yield _Launch(kernel, panels, many_rows, lanes=many_lanes, least_rows=most + 1)

@@ -51,6 +51,7 @@ class Gpu(Protocol):
     """What a program is compiled for: a device, or the count of what it would take there."""
 
     tiling: Tiling
+    num_units: int
 
     def allocate(self, num_bytes: int) -> GpuBuffer: ...
 
@@ -87,6 +88,7 @@ class OpenGpu:
         self.device = _native.GpuDevice(index)
         self.facts = self.device.facts
         self.tiling = tiling or Tiling()
+        self.num_units = self.facts.num_units
         self._cache = cache
         self._programs: dict[Source, int] = {}
 
@@ -113,14 +115,15 @@ class OpenGpu:
         return _native.GpuProgram(self.device, batch, head, num_states)
 
     def _build(self, source: Source) -> int:
-        key = self._key(source)
+        key = self.key(source)
         kept = self._cache.read(key) if self._cache else b""
         program = int(self.device.build(source.text, source.options, kept))
         if self._cache and not kept:
             self._cache.write(key, self.device.binary(program))
         return program
 
-    def _key(self, source: Source) -> str:
+    def key(self, source: Source) -> str:
+        """Names what follows from kernels, device and driver."""
         facts = self.facts
         parts = (source.text, source.options, facts.platform, facts.name, facts.vendor, facts.driver)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

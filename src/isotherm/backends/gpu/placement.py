@@ -40,13 +40,14 @@ class Room:
     num_bytes: int
     largest_buffer_bytes: int
     tiling: Tiling
+    num_units: int = 1
 
 
 def room_of(gpu: OpenGpu, num_bytes: int | None) -> Room:
     """num_bytes: that may be used; None: nine tenths of its memory, as a driver does not tell what others took."""
     facts = gpu.facts
     most = facts.memory_bytes if num_bytes is not None else int(_MEMORY_SHARE * facts.memory_bytes)
-    return Room(min(num_bytes or most, most), facts.largest_buffer_bytes, gpu.tiling)
+    return Room(min(num_bytes or most, most), facts.largest_buffer_bytes, gpu.tiling, gpu.num_units)
 
 
 def compile_placed(
@@ -70,7 +71,7 @@ def place(program: Program, entry: Callable[[str], EntrySpec], limits: CpuLimits
     found = None
     while low <= high:  # fewer layers never take more
         middle = (low + high) // 2
-        taken = _count(program, entry, limits, middle, room.tiling)
+        taken = _count(program, entry, limits, middle, room)
         if taken.num_bytes <= room.num_bytes and taken.largest_bytes <= room.largest_buffer_bytes:
             found, high = Placement(middle, num_layers - max(middle, 0), taken.num_bytes), middle - 1
         else:
@@ -110,10 +111,10 @@ def layer_of_ops(program: Program) -> list[int]:
 
 
 def _count(
-    program: Program, entry: Callable[[str], EntrySpec], limits: CpuLimits, first_layer: int, tiling: Tiling
+    program: Program, entry: Callable[[str], EntrySpec], limits: CpuLimits, first_layer: int, room: Room
 ) -> "_Count":
     """What the compiler asks for, from a device that has no end."""
-    count, placed = _Count(tiling), placed_ops(program, first_layer)
+    count, placed = _Count(room.tiling, room.num_units), placed_ops(program, first_layer)
     compiler = GpuCompiler(count, program, placed, _Entries(entry), limits, plan_buffers(program))
     for index in sorted(placed):
         compiler.step(index)
@@ -133,8 +134,9 @@ class _Entries:
 class _Count:
     """A Gpu that only counts the bytes that it is asked for."""
 
-    def __init__(self, tiling: Tiling) -> None:
+    def __init__(self, tiling: Tiling, num_units: int) -> None:
         self.tiling = tiling
+        self.num_units = num_units
         self.num_bytes = self.largest_bytes = 0
 
     def allocate(self, num_bytes: int) -> GpuBuffer:

@@ -1,7 +1,7 @@
 """Kernels as text: files of the C dialect put together for one weight type, or one shape of attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from isotherm.types import KvType, QuantType
 _FOLDER = Path(__file__).parent / "kernels"
 # Division and square roots as IEEE 754 has them; without this OpenCL may be three units in the last place off.
 _OPTIONS = "-cl-std=CL1.2 -cl-fp32-correctly-rounded-divide-sqrt"
-ROW_LANES = 128  # of a group that computes a row, or a head
+SLICE_LANES = 32  # a slice of a matmul's group: the rows of a panel
+ROW_LANES = 256  # of a group that computes a row, or a head
+_FILLING_PANELS = 4  # a unit: its groups hide each other's waiting for memory
 _MOST_GROUP_HEADS = 8  # whose scores fit local memory
 
 
@@ -31,8 +33,14 @@ class Tiling:
     """How matmuls are shared out. A slice is 32 lanes: with few rows slices share a sum, with many the weights."""
 
     few_slices: int = 8  # at least as many as few rows
+    narrow_slices: int = 8  # the same, of a matrix with fewer panels than fill the device
     many_slices: int = 8
     many_tokens: int = 8  # rows of a slice
+
+    def for_panels(self, num_panels: int, num_units: int) -> "Tiling":
+        """That of a matrix with so many panels, on a device with so many units."""
+        is_narrow = num_panels < _FILLING_PANELS * num_units
+        return replace(self, few_slices=self.narrow_slices) if is_narrow else self
 
 
 @cache

@@ -57,7 +57,7 @@ def _copy_bytes_per_s(device: _native.GpuDevice) -> float:
     num_bytes -= num_bytes % 4096
     source, target = device.allocate(num_bytes), device.allocate(num_bytes)
     device.write(source, 0, np.zeros(num_bytes, np.uint8))
-    return 2 * num_bytes / _best_s(device, lambda: device.copy(source, target, num_bytes))
+    return 2 * num_bytes / best_s(device, lambda: device.copy(source, target, num_bytes))
 
 
 def _int8_ops_per_s(device: _native.GpuDevice, program: int) -> float:
@@ -66,7 +66,7 @@ def _int8_ops_per_s(device: _native.GpuDevice, program: int) -> float:
     out = device.allocate(4 * num_groups * ROW_LANES)
     while True:
         kernel = device.kernel(program, "multiply_int8", [out, num_rounds])
-        seconds = _best_s(device, partial(device.launch, kernel, (num_groups, 1, 1), ROW_LANES))
+        seconds = best_s(device, partial(device.launch, kernel, (num_groups, 1, 1), ROW_LANES))
         if seconds > _LEAST_S or num_rounds > 1 << 24:
             return 2 * 8 * 8 * num_rounds * num_groups * ROW_LANES / seconds
         num_rounds *= 2
@@ -79,10 +79,11 @@ def _launch_s(device: _native.GpuDevice, program: int) -> float:
         for _ in range(_LAUNCHES):
             device.launch(kernel, (1, 1, 1), ROW_LANES)
 
-    return _best_s(device, launch) / _LAUNCHES
+    return best_s(device, launch) / _LAUNCHES
 
 
-def _best_s(device: _native.GpuDevice, run: Callable[[], None]) -> float:
+def best_s(device: _native.GpuDevice, run: Callable[[], None]) -> float:
+    """Seconds of what `run` enqueues, at best of several rounds."""
     times = []
     for _ in range(_NUM_ROUNDS):
         device.finish()

@@ -105,6 +105,7 @@ INLINE void score_block(LOCAL const float* q, GLOBAL const u8* pages, GLOBAL con
     for (int h = 0; h < GROUP_HEADS; h++) sums[h] = 0.0f;
     if (position >= first && position < last) {
       GLOBAL const u8* keys = pages + page_of(batch, token, state, position, kv_head);
+#pragma unroll 16
       for (int d = 0; d < HEAD_DIM; d++) {
         const float key = element(keys, d * PAGE_TOKENS + position % PAGE_TOKENS, position % PAGE_TOKENS, d);
         for (int h = 0; h < GROUP_HEADS; h++) sums[h] = FMA(key, q[h * HEAD_DIM + d], sums[h]);
@@ -149,6 +150,7 @@ INLINE float weigh_block(GLOBAL const u8* pages, GLOBAL const int* batch, int to
   for (int position = first; position < last;) {
     const int slot = position % PAGE_TOKENS, count = min(PAGE_TOKENS - slot, last - position);
     GLOBAL const u8* values = pages + page_of(batch, token, state, position, kv_head) + HALF_BYTES;
+#pragma unroll 16
     for (int i = 0; i < count; i++)
       sum = FMA(p[h * BLOCK_TOKENS + position - start + i], element(values, (slot + i) * HEAD_DIM + d, slot + i, d), sum);
     position += count;

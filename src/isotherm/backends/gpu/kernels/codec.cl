@@ -80,7 +80,7 @@ INLINE void CODEC(read)(GLOBAL const u8* unit, int row, int b, Block* block) {
 }
 
 // The block times 32 activation codes x whose halves have the sums first and second.
-INLINE float CODEC(dot)(const Block* block, GLOBAL const uint* x, int first, int second) {
+INLINE float CODEC(dot)(const Block* block, const uint* x, int first, int second) {
   int products[2] = {0, 0};
 #pragma unroll
   for (int j = 0; j < 8; j++) products[j / 4] = dot4(block->codes[j], x[j], products[j / 4]);

@@ -1,14 +1,30 @@
 // Norms, quantising, sums, selection: a group is a row, its second number. A row of x begins at x_offset + row * x_stride floats.
 
 // 1 / sqrt(mean of squares + eps) of x, whose lanes of 16 are chains of fma's. Every lane of the group comes here.
-INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL float* lanes) {
-  if (LANE < 16) {
-    float sum = 0.0f;
-    for (int i = LANE; i < width; i += 16) sum = FMA(x[i], x[i], sum);
-    lanes[LANE] = sum;
+//
+// The chains are short only where they need not wait for memory: all lanes bring the next stretch of the row while 16
+// of them add up the one before.
+#define STRETCH (8 * LANES)
+INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL float* stretch) {
+  float next[8], sum = 0.0f;
+  for (int n = 0; n < 8; n++) next[n] = LANE + n * LANES < width ? x[LANE + n * LANES] : 0.0f;
+  for (int start = 0; start < width; start += STRETCH) {
+    for (int n = 0; n < 8; n++) stretch[LANE + n * LANES] = next[n];
+    BARRIER();
+    for (int n = 0; n < 8; n++) {
+      const int column = start + STRETCH + LANE + n * LANES;
+      next[n] = column < width ? x[column] : 0.0f;
+    }
+    const int count = min(STRETCH, width - start);
+    if (LANE < 16) {
+#pragma unroll 16
+      for (int i = LANE; i < count; i += 16) sum = FMA(stretch[i], stretch[i], sum);
+    }
+    BARRIER();
   }
+  if (LANE < 16) stretch[LANE] = sum;
   BARRIER();
-  return 1.0f / sqrt(sum_lanes(lanes) / (float)width + eps);
+  return 1.0f / sqrt(sum_lanes(stretch) / (float)width + eps);
 }
 
 // Rows as int8 codes, a scale and two sums of codes for each 32 columns; with flags 1 their RMS norm, with 2 as floats
@@ -16,7 +32,7 @@ INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL floa
 KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int width, int num_blocks, int flags,
                      GLOBAL const float* weight, float eps, GLOBAL uint* codes, GLOBAL float* scales,
                      GLOBAL int* sums, GLOBAL float* values) {
-  LOCAL float lanes[16];
+  LOCAL float stretch[STRETCH];
   LOCAL int unsound;
   const int row = GROUP(1);
   x += x_offset + (size_t)row * x_stride;
@@ -25,7 +41,7 @@ KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int widt
   sums += (size_t)row * num_blocks * 2;
   values += (size_t)row * num_blocks * 32;
   if (LANE == 0) unsound = 0;
-  const float factor = flags & 1 ? norm_factor(x, width, eps, lanes) : 1.0f;
+  const float factor = flags & 1 ? norm_factor(x, width, eps, stretch) : 1.0f;
   BARRIER();
   for (int b = LANE; b < num_blocks; b += LANES) {
     float block[32], top = 0.0f, doubt = 0.0f;
@@ -63,9 +79,9 @@ KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int widt
 // out = a + b, of which b is normed first where flags is 1. All have `width` columns, rows `stride` apart.
 KERNEL void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GLOBAL const float* weight, float eps,
                      GLOBAL float* out, int width, int stride) {
-  LOCAL float lanes[16];
+  LOCAL float stretch[STRETCH];
   const size_t row = (size_t)GROUP(1) * stride;
-  const float factor = flags & 1 ? norm_factor(b + row, width, eps, lanes) : 1.0f;
+  const float factor = flags & 1 ? norm_factor(b + row, width, eps, stretch) : 1.0f;
   for (int i = LANE; i < width; i += LANES)
     out[row + i] = a[row + i] + (flags & 1 ? (b[row + i] * factor) * weight[i] : b[row + i]);
 }

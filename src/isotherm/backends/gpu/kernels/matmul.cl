@@ -18,7 +18,11 @@ INLINE void read_block(GLOBAL const u8* panel, int num_blocks, int b, int lane, 
   }
 }
 
-INLINE float dot_block(const Block* block, int lane, GLOBAL const uint* x, int first, int second) {
+// Times the block at `at` of all rows' blocks, which every lane of the slice reads.
+INLINE float dot_block(const Block* block, int lane, GLOBAL const uint* codes, GLOBAL const int* sums, size_t at) {
+  const uint4 low = ((GLOBAL const uint4*)codes)[2 * at], high = ((GLOBAL const uint4*)codes)[2 * at + 1];
+  const uint x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const int first = sums[2 * at], second = sums[2 * at + 1];
   return lane < 16 || IS_ONE_TYPE ? dot_a(block, x, first, second) : dot_b(block, x, first, second);
 }
 
@@ -45,12 +49,12 @@ INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const u
       read_block(panel, num_blocks, b, lane, &block);
       for (int t = 0; t < tokens; t++) {
         const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + b;
-        part[(t * FEW_SLICES + slice) * 32 + lane] =
-            dot_block(&block, lane, codes + 8 * at, sums[2 * at], sums[2 * at + 1]);
+        part[(t * FEW_SLICES + slice) * 32 + lane] = dot_block(&block, lane, codes, sums, at);
       }
     }
     BARRIER();
     if (slice < tokens)
+#pragma unroll 8
       for (int i = 0; i < count; i++)
         total = FMA(part[(slice * FEW_SLICES + i) * 32 + lane], scales[(size_t)my_row * num_blocks + first + i], total);
   }
@@ -95,8 +99,7 @@ KERNEL void multiply_many(MATMUL_PARAMETERS) {
 #pragma unroll
       for (int t = 0; t < MANY_TOKENS; t++) {
         const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + first + i;
-        totals[t] =
-            FMA(dot_block(&block, lane, codes + 8 * at, sums[2 * at], sums[2 * at + 1]), scales[at], totals[t]);
+        totals[t] = FMA(dot_block(&block, lane, codes, sums, at), scales[at], totals[t]);
       }
     }
     BARRIER();

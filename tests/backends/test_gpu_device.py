@@ -1,0 +1,92 @@
+"""What is kept of a device: compiled kernels, the tiling that was the quickest. Half a file is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from on_gpu import open_gpu
+
+from isotherm.backends.gpu import tuning
+from isotherm.backends.gpu.device import KernelCache, OpenGpu
+from isotherm.backends.gpu.sources import Tiling, elementwise_source
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_gpu()
+    cache = KernelCache(tmp_path)
+    writes: list[str] = []
+    write = KernelCache.write
+    monkeypatch.setattr(KernelCache, "write", lambda self, key, data: (writes.append(key), write(self, key, data)))
+    for _ in range(2):
+        gpu = OpenGpu(0, cache)
+        gpu.kernel(elementwise_source(), "select_rows", [gpu.allocate(64)] * 3 + [1, 1])
+    assert len(writes) == 1
+    assert [path.stem for path in tmp_path.iterdir()] == writes
+
+
+@given(cut=st.integers(0, 99), flipped=st.integers(0, 799))
+def test_what_is_damaged_is_not_believed(tmp_path_factory: pytest.TempPathFactory, cut: int, flipped: int) -> None:
+    folder = tmp_path_factory.mktemp("kernels")
+    cache, data = KernelCache(folder), bytes(range(68))
+    cache.write("a", data)
+    assert cache.read("a") == data
+    path = folder / "a.kernel"
+    whole = path.read_bytes()
+    assert len(whole) == 100
+    path.write_bytes(whole[:cut])
+    assert cache.read("a") == b""
+    path.write_bytes(bytes(b ^ (i == flipped // 8) << flipped % 8 for i, b in enumerate(whole)))
+    assert cache.read("a") == b""
+    assert cache.read("b") == b""
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = KernelCache(tmp_path / "file" / "kernels")
+    cache.write("a", b"data")
+    assert cache.read("a") == b""
+
+
+def test_a_refused_binary_is_built_from_its_source(tmp_path: Path) -> None:
+    gpu = open_gpu()
+    cache = KernelCache(tmp_path)
+    cache.write(gpu.key(elementwise_source()), b"what no driver takes")
+    other = OpenGpu(0, cache)
+    other.kernel(elementwise_source(), "select_rows", [other.allocate(64)] * 3 + [1, 1])
+
+
+def test_the_quickest_tiling_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cache, said = open_gpu(), KernelCache(tmp_path), []
+    assert tuning.tuned_tiling(gpu, cache, said.append) == Tiling()  # it is a CPU
+    assert said == []
+    quickest = {1: 16, 128: (4, 16)}
+    timed: list[Tiling] = []
+
+    def time_s(_: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -> float:
+        timed.append(tiling)
+        if num_rows == 1:
+            return float(tiling.few_slices != (quickest[1] if num_outputs > 5000 else 32))
+        return float((tiling.many_slices, tiling.many_tokens) != quickest[128])
+
+    monkeypatch.setattr(tuning, "_time_s", time_s)
+    monkeypatch.setattr(type(gpu.facts), "is_gpu", True)
+    found = tuning.tuned_tiling(gpu, cache, said.append)
+    assert found == Tiling(few_slices=16, narrow_slices=32, many_slices=4, many_tokens=16)
+    assert said == [f"tuning the kernels for gpu:0 ({gpu.facts.name}), once"]
+    num_timed = len(timed)
+    assert tuning.tuned_tiling(gpu, cache, said.append) == found
+    assert len(timed) == num_timed
+    (kept,) = tmp_path.iterdir()
+    assert json.loads(kept.read_bytes()[32:])["many_tokens"] == 16
+
+
+@pytest.mark.slow
+def test_a_search_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = open_gpu()
+    monkeypatch.setattr(tuning, "_FEW_SLICES", (8, 16))
+    monkeypatch.setattr(tuning, "_MANY", ((8, 8), (4, 4)))
+    found = tuning.search(gpu, few_outputs=64, many_outputs=64)
+    assert found.few_slices in (8, 16)
+    assert (found.many_slices, found.many_tokens) in ((8, 8), (4, 4))
