@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from pocl import open_pocl
 from tiny_models import write_tiny
 
 import isotherm
+from isotherm.backends.cpu.backend import CompiledCpu
+from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.errors import InsufficientMemory, OptionError
-from isotherm.types import LoadOptions, QuantType
+from isotherm.types import LoadOptions, QuantType, SamplingParams
 
 SIZES = {"num_layers": 3, "hidden_size": 64, "ffn_size": 96, "head_dim": 16, "tied_head": False}
 # What a child does: prints notices and the answer, or the error.
 CHILD = """
 import sys
+import weakref
 sys.path.insert(0, sys.argv[3])
 if sys.argv[4] == "pocl":
     from pocl import open_pocl
@@ -89,6 +93,35 @@ def test_a_model_answers_alike_wherever_it_lies(tiny: Path) -> None:
         assert ids == expected, where
         places.add(where.partition(": ")[2])
     assert {"the last 1 of 3 layers and the head", "the last 2 of 3 layers and the head"} <= places
+
+
+@pytest.mark.usefixtures("pocl")
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.9, "top_k": 20, "top_p": 0.8, "seed": 3}, {"temperature": 1.0, "seed": 4}],
+    ids=str,
+)
+def test_tokens_are_chosen_alike(tiny: Path, sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the largest logits, which alone leave the GPU, or by all; three answers in one batch."""
+    found = []
+    prompts = ("the cat", "and the hat in the house", "or")
+    for device in ("cpu", "gpu:0"):
+        with isotherm.load(tiny, device=device, context_tokens=256) as model:
+            is_short = device != "cpu" and ("top_k" in sampling or not sampling)
+            unused = "logits" if is_short else "shortlists"
+            with monkeypatch.context() as patched:
+                patched.setattr(CompiledCpu, unused, None)  # is not called
+                params = SamplingParams(**sampling)  # type: ignore[arg-type]
+                ids = [model.prompt_ids(prompt, raw=True) for prompt in prompts]
+                streams = [model.start(prompt, max_tokens=12, sampling=params) for prompt in ids]
+                while model.step():
+                    pass
+            pieces = [stream.poll() for stream in streams]
+            assert all(pieces)
+            found.append([piece.tokens for piece in pieces if piece])
+            for stream in streams:
+                stream.close()
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("pocl")
@@ -173,3 +206,19 @@ def test_two_devices_give_one_answer(tiny: Path) -> None:
     assert len(answers) == 3
     assert len(set(answers)) == 1
     assert "notice: gpu:1 (" in said[2]
+
+
+@pytest.mark.usefixtures("pocl")
+def test_a_closed_model_gives_its_device_back(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[weakref.ref[OpenGpu]] = []
+    make = OpenGpu.__init__
+
+    def remember(self: OpenGpu, index: int, cache: KernelCache | None) -> None:
+        devices.append(weakref.ref(self))
+        make(self, index, cache)
+
+    monkeypatch.setattr(OpenGpu, "__init__", remember)
+    for _ in range(3):
+        answer(tiny, "gpu:0")
+    assert len(devices) == 3
+    assert [device() for device in devices] == [None] * 3

@@ -9,6 +9,7 @@ namespace {
 
 using Marks = nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>;
 using PageBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using LogitRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 const KernelTable& table(const std::string& isa) {
@@ -60,12 +61,19 @@ class BoundExecutor {
 
   bool head(int first, LogitRows logits) {
     const int count = static_cast<int>(logits.shape(0));
-    require(count > 0 && count <= limits_.max_head_rows && first >= 0 &&
-                first + count <= static_cast<int>(logit_rows_.size()),
-            "head rows");
+    check_head_rows(first, count);
     require(static_cast<int>(logits.shape(1)) == vocab_, "head columns");
     float* data = logits.data();
     return finish([&](const auto& poll) { return executor_.head(first, count, data, poll); });
+  }
+
+  // out: uint32 [rows][shortlist_words]; kept: of each row's logits.
+  bool shortlist(int first, Ints kept, Words out) {
+    const int count = static_cast<int>(kept.size()), words = limits_.gpu ? limits_.gpu->shortlist_words() : 0;
+    check_head_rows(first, count);
+    require(words > 0 && out.shape(0) == kept.size() && static_cast<int>(out.shape(1)) == words, "shortlists");
+    require_range(kept, 1, words / 2, "kept logits");
+    return finish([&](const auto& poll) { return executor_.shortlist(first, count, kept.data(), out.data(), poll); });
   }
 
   // A page of a state group, all layers: [layer slot][kv head], each as table.h has it; those of a GPU come last.
@@ -128,6 +136,12 @@ class BoundExecutor {
   }
 
  private:
+  void check_head_rows(int first, int count) const {
+    require(count > 0 && count <= limits_.max_head_rows && first >= 0 &&
+                first + count <= static_cast<int>(logit_rows_.size()),
+            "head rows");
+  }
+
   void check_neurons(int step, int num_rows, int num_neurons) const {
     require(step >= 0 && step < limits_.num_steps && limits_.has_neurons[static_cast<size_t>(step)], "step of neurons");
     require(num_rows > 0 && num_rows <= few_rows(), "rows");
@@ -282,6 +296,7 @@ void bind_executor(nb::module_& m) {
            nb::arg("num_threads"))
       .def("run", &BoundExecutor::run)
       .def("head", &BoundExecutor::head)
+      .def("shortlist", &BoundExecutor::shortlist)
       .def("observe", &BoundExecutor::observe)
       .def("read_page", &BoundExecutor::read_page)
       .def("write_page", &BoundExecutor::write_page)

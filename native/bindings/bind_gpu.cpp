@@ -88,6 +88,7 @@ void bind_gpu(nb::module_& m) {
       .def_ro("is_gpu", &GpuFacts::is_gpu)
       .def_ro("shares_memory", &GpuFacts::shares_memory)
       .def_ro("has_dot_product", &GpuFacts::has_dot_product)
+      .def_ro("has_double", &GpuFacts::has_double)
       .def_ro("memory_bytes", &GpuFacts::memory_bytes)
       .def_ro("largest_buffer_bytes", &GpuFacts::largest_buffer_bytes)
       .def_ro("local_bytes", &GpuFacts::local_bytes)
@@ -131,5 +132,7 @@ void bind_gpu(nb::module_& m) {
       .def(nb::init<std::shared_ptr<GpuDevice>, GpuBuffer, GpuBuffer, int>())
       .def("rope", &BoundProgram::rope)
       .def("pages", [](BoundProgram& self, int state, GpuBuffer buffer) { self.program->add_pages({state, buffer}); })
+      .def("choice", [](BoundProgram& self, int kernel, int lanes, GpuBuffer out,
+                        int row_words) { self.program->set_choice({kernel, lanes, out, row_words}); })
       .def("step", &BoundProgram::step);
 }

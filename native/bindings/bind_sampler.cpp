@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../runtime/sampler.h"
@@ -37,6 +38,21 @@ nb::object sample(Sampler& sampler, Logits logits, TokenIds history, uint64_t po
   return nb::make_tuple(token->id, token->logprob, token->logprobs);
 }
 
+// (token id, its log-probability)
+nb::object sample_short(Sampler& sampler, Logits logits, TokenIds ids, std::pair<float, double> peak_and_total,
+                        uint64_t position, uint64_t sequence) {
+  const float *first = logits.data(), *last = first + logits.size();
+  const auto known = [&](int32_t id) { return 0 <= id && id < sampler.vocab_size(); };
+  if (ids.size() != logits.size() || logits.size() > static_cast<size_t>(sampler.vocab_size()))
+    throw std::invalid_argument("shortlist: a logit for each id");
+  if (!std::all_of(ids.data(), ids.data() + ids.size(), known)) throw std::invalid_argument("shortlist: ids");
+  const auto [peak, total] = peak_and_total;
+  if (std::find(first, last, peak) == last) throw std::invalid_argument("shortlist: the peak is not in it");
+  const Shortlist list{ids.data(), first, ids.size(), peak, total};
+  const SampledToken token = sampler.sample_short(list, position, sequence);
+  return nb::make_tuple(token.id, token.logprob);
+}
+
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
@@ -66,5 +82,8 @@ void bind_sampler(nb::module_& m) {
           nb::arg("rules"), nb::arg("vocab_size"))
       .def("sample", &sample, nb::arg("logits"), nb::arg("history"), nb::arg("position"), nb::arg("sequence"),
            nb::arg("allowed") = nb::none())
+      .def("sample_short", &sample_short, nb::arg("logits"), nb::arg("ids"), nb::arg("peak_and_total"),
+           nb::arg("position"), nb::arg("sequence"))
+      .def_prop_ro("num_needed", &Sampler::num_needed)
       .def_prop_ro("busy_s", &Sampler::busy_s);
 }

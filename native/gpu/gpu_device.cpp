@@ -122,6 +122,7 @@ GpuFacts facts_of(cl::Platform platform, cl::Device device) {
   facts.shares_memory = device_value<cl::Uint>(device, cl::kDeviceUnifiedMemory) != 0;
   facts.has_dot_product =
       device_text(device, cl::kDeviceExtensions).find("cl_khr_integer_dot_product") != std::string::npos;
+  facts.has_double = device_text(device, cl::kDeviceExtensions).find("cl_khr_fp64") != std::string::npos;
   facts.memory_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceMemory));
   facts.largest_buffer_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceMaxAllocation));
   facts.local_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceLocalMemory));

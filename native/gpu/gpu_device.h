@@ -24,6 +24,7 @@ struct GpuFacts {
   bool is_gpu;           // not a CPU that a driver presents as a device
   bool shares_memory;    // with the CPU
   bool has_dot_product;  // of four packed bytes, as one operation
+  bool has_double;
   int64_t memory_bytes, largest_buffer_bytes, local_bytes;
   int num_units, max_lanes;  // of a group
   std::string lacks;         // what of the arithmetic contract's needs; empty: nothing

@@ -31,7 +31,9 @@ void Executor::run_on_device(size_t first, size_t end, const std::function<bool(
     const GpuStep& step = gpu.step(index);
     for (const GpuRows& r : step.uploads) gpu.upload(r, buffer_of(r).data, buffer_of(r).stride, num_rows);
     gpu.launch(index, num_rows);
-    for (const GpuRows& r : step.downloads) gpu.download(r, buffer_of(r).data, buffer_of(r).stride, num_rows);
+    const auto is_kept = [&](const GpuRows& r) { return keeps_logits_ && r.buffer + 1 == std::ssize(buffers_); };
+    for (const GpuRows& r : step.downloads)
+      if (!is_kept(r)) gpu.download(r, buffer_of(r).data, buffer_of(r).stride, num_rows);
     if (log_) {
       gpu.device().finish();
       if (i + 1 < end) log_->mark(0, i, Phase::kWork);

@@ -202,10 +202,10 @@ void Executor::begin(const BatchView& batch) {
   if (program_.gpu) program_.gpu->begin(batch_, positions_);
 }
 
-void Executor::begin_head(int first, int count) {
+void Executor::begin_head(int first, int count, const int32_t* kept) {
   head_first_ = first;
   head_count_ = count;
-  if (program_.gpu) program_.gpu->begin_head(batch_.logit_rows + first, count);
+  if (program_.gpu) program_.gpu->begin_head(batch_.logit_rows + first, count, kept);
 }
 
 bool Executor::run(const BatchView& batch, const std::function<bool()>& poll) {
@@ -232,6 +232,18 @@ bool Executor::observe(const BatchView& batch, const std::vector<Stop>& stops, c
     begin_head(first, std::min(program_.max_head_rows, batch.num_logit_rows - first));
     if (!walk_part(select_, program_.steps.size(), late, head_count_)) return false;
   }
+  return true;
+}
+
+bool Executor::shortlist(int first, int count, const int32_t* kept, uint32_t* out, const std::function<bool()>& poll) {
+  begin_head(first, count, kept);
+  keeps_logits_ = true;
+  const bool finished = walk(select_, program_.steps.size(), poll);
+  keeps_logits_ = false;
+  if (!finished) return false;
+  const auto started = std::chrono::steady_clock::now();
+  program_.gpu->choose(count, out);
+  busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   return true;
 }
 

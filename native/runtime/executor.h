@@ -66,6 +66,9 @@ class Executor {
   // Logits [count][vocab] of the batch's logit rows [first, first + count), count <= max_head_rows.
   bool head(int first, int count, float* logits, const std::function<bool()>& poll);
 
+  // `head`, of which a GPU reads the logits: of row i the kept[i] largest, as GpuProgram has them.
+  bool shortlist(int first, int count, const int32_t* kept, uint32_t* out, const std::function<bool()>& poll);
+
   // `run` and `head` of all logit rows, stopping after each of the rising `stops` to call look(i, rows, stride, count)
   // with what stops[i].buffer then holds; nothing behind the last stop is computed. Behind the selection of rows it is
   // called for each block of max_head_rows. False: stopped.
@@ -125,7 +128,7 @@ class Executor {
   T* allocate(size_t count);
   void measure();
   void begin(const BatchView& batch);
-  void begin_head(int first, int count);
+  void begin_head(int first, int count, const int32_t* kept = nullptr);
   bool walk(size_t first, size_t last, const std::function<bool()>& poll);
   // Whether a row of a step belongs to a sequence that is trimmed.
   bool is_trimmed(size_t step, int row) const {
@@ -235,6 +238,7 @@ class Executor {
   size_t select_ = 0;                                      // index of the first SelectStep
   int head_first_ = 0, head_count_ = 0;
   double busy_s_ = 0;
+  bool keeps_logits_ = false;          // on the device
   std::exception_ptr device_failure_;  // thrown by the walk, once all threads have left it
   std::unique_ptr<StepLog> log_;       // null: nobody asked
 };

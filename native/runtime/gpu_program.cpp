@@ -42,9 +42,10 @@ void GpuProgram::begin(const BatchView& batch, const std::vector<int>& positions
   num_blocks_ = *std::max_element(positions.begin(), positions.end()) / kAttentionBlock + 1;
 }
 
-void GpuProgram::begin_head(const int32_t* rows, int count) {
+void GpuProgram::begin_head(const int32_t* rows, int count, const int32_t* kept) {
   filled_.assign(1, count);
   filled_.insert(filled_.end(), rows, rows + count);
+  if (kept) filled_.insert(filled_.end(), kept, kept + count);
   device_->stage(head_, filled_.data(), filled_.size() * sizeof(int32_t));
 }
 
@@ -57,6 +58,12 @@ void GpuProgram::launch(int step, int num_rows) {
                      static_cast<size_t>(l.is_by_block ? num_blocks_ : 1)},
                     static_cast<size_t>(l.lanes));
   }
+}
+
+void GpuProgram::choose(int num_rows, uint32_t* out) {
+  device_->launch(choice_.kernel, {1, static_cast<size_t>(num_rows), 1}, static_cast<size_t>(choice_.lanes));
+  device_->read(choice_.out, 0, out,
+                static_cast<size_t>(num_rows) * static_cast<size_t>(choice_.row_words) * sizeof(uint32_t));
 }
 
 void GpuProgram::upload(const GpuRows& rows, const float* data, size_t stride, int num_rows) {

@@ -39,12 +39,19 @@ struct GpuPages {
   GpuBuffer buffer;
 };
 
+// The kernel that makes shortlists of logits, and where it writes a row's.
+struct GpuChoice {
+  int kernel, lanes;
+  GpuBuffer out;
+  int row_words;
+};
+
 class GpuProgram {
  public:
   // batch, head: what `begin` and `begin_head` fill: int32
   //   batch  rows, token ids [rows], positions [rows], for each state group where the row's page table begins [rows],
   //          for each rope table its row [rows][dims] as floats, page tables
-  //   head   rows, which rows of the batch they are [rows]
+  //   head   rows, which rows of the batch they are [rows], how many logits of each are kept [rows]
   GpuProgram(std::shared_ptr<GpuDevice> device, GpuBuffer batch, GpuBuffer head, int num_states)
       : device_(std::move(device)), batch_(batch), head_(head), num_states_(num_states) {}
 
@@ -61,11 +68,15 @@ class GpuProgram {
   const GpuStep& step(int index) const { return steps_[static_cast<size_t>(index)]; }
   bool writes(int step, int buffer) const;
   void begin(const BatchView& batch, const std::vector<int>& positions);
-  void begin_head(const int32_t* rows, int count);
-  void launch(int step, int num_rows);  // and returns while it runs
+  void begin_head(const int32_t* rows, int count, const int32_t* kept);  // kept: null where the logits are read
+  void launch(int step, int num_rows);                                   // and returns while it runs
 
   void upload(const GpuRows& rows, const float* data, size_t stride, int num_rows);
   void download(const GpuRows& rows, float* data, size_t stride, int num_rows);
+
+  void set_choice(GpuChoice choice) { choice_ = choice; }
+  int shortlist_words() const { return choice_.row_words; }  // of a row; 0: there are none
+  void choose(int num_rows, uint32_t* out);                  // waits
 
   // The layers of a state group that are here, slot after slot.
   void read_page(int state, int page, size_t page_bytes, uint8_t* to);
@@ -83,6 +94,7 @@ class GpuProgram {
   std::vector<GpuStep> steps_;
   std::vector<RopeTable> ropes_;
   std::vector<GpuPages> pages_;
+  GpuChoice choice_{};
   std::vector<int32_t> filled_;
   int num_blocks_ = 1;
 };

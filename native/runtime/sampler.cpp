@@ -219,12 +219,16 @@ void Sampler::keep_to(Candidate last) {
   num_kept_ = n;
 }
 
-// One of the survivors of top_k, top_p and min_p by the weights exp(value / temperature), in the order of their ids.
 int32_t Sampler::draw(float best, uint64_t random) {
   num_kept_ = values_.size();
   ids_.resize(num_kept_);
   std::iota(ids_.begin(), ids_.end(), 0);
   if (rules_.top_k > 0 && rules_.top_k < vocab_size_) keep_to(top(values_.data(), vocab_size_, rules_.top_k).back());
+  return draw_kept(best, random);
+}
+
+// One of the survivors of top_k, top_p and min_p by the weights exp(value / temperature), in the order of their ids.
+int32_t Sampler::draw_kept(float best, uint64_t random) {
   if (rules_.top_p < 1) keep_to(nucleus_end(best));
   if (rules_.min_p > 0) {
     const double bound = best + log_of(rules_.min_p);
@@ -243,6 +247,31 @@ int32_t Sampler::draw(float best, uint64_t random) {
     chosen = ids_[i];
   }
   return chosen;
+}
+
+int Sampler::num_needed() const {
+  const bool neutral = rules_.repeat_penalty == 1 && rules_.presence_penalty == 0 && rules_.frequency_penalty == 0;
+  if (!neutral || !rules_.logit_bias.empty() || rules_.num_logprobs > 0) return 0;
+  if (rules_.temperature == 0) return 1;
+  return rules_.top_k < vocab_size_ ? rules_.top_k : 0;
+}
+
+SampledToken Sampler::sample_short(const Shortlist& list, uint64_t position, uint64_t sequence) {
+  const std::lock_guard lock(busy_);
+  const auto started = std::chrono::steady_clock::now();
+  const auto at_peak = std::find(list.logits, list.logits + list.count, list.peak) - list.logits;
+  SampledToken token{};
+  token.id = list.ids[at_peak];
+  if (rules_.temperature > 0) {
+    num_kept_ = list.count;
+    std::copy_n(list.logits, list.count, values_.begin());
+    ids_.assign(list.ids, list.ids + list.count);
+    token.id = draw_kept(list.peak, random_word(rules_.seed, sequence, position));
+  }
+  const auto at = std::find(list.ids, list.ids + list.count, token.id) - list.ids;
+  token.logprob = (static_cast<double>(list.logits[at]) - list.peak) - log_of(list.total);
+  busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return token;
 }
 
 std::optional<SampledToken> Sampler::sample(const float* logits, const int32_t* history, size_t num_history,

@@ -36,6 +36,16 @@ struct SampledToken {
   std::vector<std::pair<int32_t, double>> logprobs;  // the likeliest, by value, then by id
 };
 
+// What a sampler that keeps the largest logits only needs of a row: those, by rising id, and of the whole row the
+// largest one and the sum of the weights exp(logit - peak).
+struct Shortlist {
+  const int32_t* ids;
+  const float* logits;
+  size_t count;
+  float peak;
+  double total;
+};
+
 // A NaN, an infinity, or a row without a finite value: the engine is broken, whoever asked.
 struct BadLogits : std::exception {
   const char* what() const noexcept override { return "logits must be finite or -inf, and one of them finite"; }
@@ -58,6 +68,11 @@ class Sampler {
   std::optional<SampledToken> sample(const float* logits, const int32_t* history, size_t num_history, uint64_t position,
                                      uint64_t sequence, const uint32_t* allowed);
 
+  // How many of the largest logits choose the token and its log-probability, whatever the others are; 0: it takes all.
+  int num_needed() const;
+  // As `sample` of a row of which `list` has the num_needed() largest logits.
+  SampledToken sample_short(const Shortlist& list, uint64_t position, uint64_t sequence);
+
  private:
   std::optional<SampledToken> choose(const float* logits, const int32_t* history, size_t num_history, uint64_t position,
                                      uint64_t sequence, const uint32_t* allowed);
@@ -66,6 +81,7 @@ class Sampler {
   Candidate nucleus_end(float best);
   void keep_to(Candidate last);
   int32_t draw(float best, uint64_t random);
+  int32_t draw_kept(float best, uint64_t random);
 
   const SamplingRules rules_;
   const int vocab_size_;

@@ -56,6 +56,7 @@ class GpuFacts:
     is_gpu: bool
     shares_memory: bool
     has_dot_product: bool
+    has_double: bool
     memory_bytes: int
     largest_buffer_bytes: int
     local_bytes: int
@@ -96,6 +97,7 @@ class GpuProgram:
     def __init__(self, device: GpuDevice, batch: GpuBuffer, head: GpuBuffer, num_states: int, /) -> None: ...
     def rope(self, table: NDArray[np.float32], /) -> None: ...
     def pages(self, state: int, buffer: GpuBuffer, /) -> None: ...
+    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, /) -> None: ...
     def step(
         self,
         launches: list[tuple[int, int, int, bool, int, int, int]],
@@ -245,6 +247,9 @@ class Executor:
     def head(self, first: int, logits: NDArray[np.float32], /) -> bool:
         """Writes logits [count, vocab_size]."""
 
+    def shortlist(self, first: int, kept: NDArray[np.int32], out: NDArray[np.uint32], /) -> bool:
+        """Writes a row of words for each of `kept`, as kernels/choice.cl has them."""
+
     def observe(
         self,
         token_ids: NDArray[np.int32],
@@ -317,3 +322,17 @@ class Sampler:
         allowed: NDArray[np.uint32] | None = None,
     ) -> tuple[int, float, list[tuple[int, float]]] | None:
         """(token id, log-probability, the likeliest); None where every token is banned."""
+
+    @property
+    def num_needed(self) -> int:
+        """Logits that `sample_short` takes; 0: it cannot be used."""
+
+    def sample_short(
+        self,
+        logits: NDArray[np.float32],
+        ids: NDArray[np.int32],
+        peak_and_total: tuple[float, float],
+        position: int,
+        sequence: int,
+    ) -> tuple[int, float]:
+        """(token id, log-probability), by the largest logits of a row."""

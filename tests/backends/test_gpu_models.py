@@ -1,5 +1,6 @@
 """Whole models on a GPU, or split between it and the CPU: the bits of the CPU alone, however the work is cut."""
 
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -108,3 +109,24 @@ def test_steps_are_recorded_one_by_one(model: TinyModel) -> None:
     assert worked == set(range(len(model.lowered.ops)))
     assert (np.diff(lane["ns"]) >= 0).all()
     assert len(layer_of_ops(model.lowered)) == len(recording.steps)
+
+
+def test_an_interrupt_stops_a_prompt(model: TinyModel, expected: F32) -> None:
+    """It is raised between steps, long before the end; what comes after it is computed as ever."""
+    compiled = on_gpu(model, EVERYTHING)
+    batch = model.batch(text_ids(LENGTH))
+    run(compiled, batch)  # kernels are compiled at their first launch
+    end_s = compiled.busy_s + 60
+
+    def go_on() -> None:
+        while compiled.busy_s < end_s:
+            compiled.forward(batch)
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert_equal(run(compiled, batch), expected, "after the interrupt")

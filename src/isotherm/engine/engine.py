@@ -19,7 +19,7 @@ from isotherm.engine.solo import SoloSequence
 from isotherm.engine.stored_pages import StoredPages
 from isotherm.errors import ContextOverflow, OptionError
 from isotherm.program import batch as program_batch
-from isotherm.program.backend import CompiledProgram
+from isotherm.program.backend import CompiledProgram, Shortlist
 from isotherm.program.batch import Batch
 from isotherm.program.recorder import Program
 
@@ -245,7 +245,7 @@ class Engine:
         try:
             self._changed.release()
             self._compute(shares)
-            rows = iter(self._head(sum(share.is_last for share in shares)))
+            rows = iter(self._head([share.job.owner.num_needed for share in shares if share.is_last]))
         finally:
             self._changed.acquire()
         with self._whole():
@@ -282,11 +282,16 @@ class Engine:
             sequences.append(sequence)
         self._compiled.forward(Batch(np.array(ids, np.int32), tuple(sequences), np.array(rows, np.int32)))
 
-    def _head(self, num_rows: int) -> F32:
-        for first in range(0, num_rows, _HEAD_ROWS):
-            end = min(num_rows, first + _HEAD_ROWS)
+    def _head(self, needed: list[int]) -> F32 | list[Shortlist]:
+        """Of each row that a token is chosen by, so many of its largest logits where a GPU has them; else all."""
+        firsts = range(0, len(needed), _HEAD_ROWS)
+        if all(0 < count <= self._compiled.most_kept for count in needed):
+            blocks = (self._compiled.shortlists(first, needed[first : first + _HEAD_ROWS]) for first in firsts)
+            return [row for block in blocks for row in block]
+        for first in firsts:
+            end = min(len(needed), first + _HEAD_ROWS)
             self._compiled.logits(first, end - first, self._logits[first:end])
-        return self._logits[:num_rows]
+        return self._logits[: len(needed)]
 
     def _note(self, shares: list[Share], decoding: list[bool], plan_s: float, compute_s: float) -> None:
         for share, decodes in zip(shares, decoding, strict=True):

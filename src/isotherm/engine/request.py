@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from isotherm.engine.sampling import SampledToken, Sampler
 from isotherm.engine.scheduler import Job
 from isotherm.errors import OptionError
+from isotherm.program.backend import Shortlist
 from isotherm.types import SamplingParams
 
 
@@ -84,21 +85,29 @@ class Generation:
         if self.request.constraint:
             self.request.constraint.prepare(self.job.tokens[len(self.request.prompt_ids) : self.job.num_tokens])
 
-    def choose(self, logits: NDArray[np.float32]) -> None:
-        """The next token; an end token is not kept."""
+    @property
+    def num_needed(self) -> int:
+        """See Sampler.num_needed: a constraint may ban any token."""
+        return 0 if self.request.constraint else self.sampler.num_needed
+
+    def choose(self, row: NDArray[np.float32] | Shortlist) -> None:
+        """The next token, by its logits or by those that are needed; an end token is not kept."""
         try:
-            self._choose(logits)
+            self._choose(row)
         except (OptionError, AssertionError) as error:
             self.error = error
 
-    def _choose(self, logits: NDArray[np.float32]) -> None:
+    def _choose(self, row: NDArray[np.float32] | Shortlist) -> None:
         job, constraint = self.job, self.request.constraint
         allowed = constraint.allowed() if constraint else None
         if constraint and allowed is None:
             self.ended = True
             return
-        history = job.tokens[: job.num_tokens]
-        token = self.sampler.sample(logits, history, job.num_tokens, self.request.sampling.sequence, allowed)
+        history, sequence = job.tokens[: job.num_tokens], self.request.sampling.sequence
+        if isinstance(row, Shortlist):
+            token = self.sampler.sample_short(row, job.num_tokens, sequence)
+        else:
+            token = self.sampler.sample(row, history, job.num_tokens, sequence, allowed)
         if token.token_id in self.request.end_ids:
             self.ended = True
             return

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from isotherm import _native
 from isotherm.errors import OptionError
+from isotherm.program.backend import Shortlist
 from isotherm.types import SamplingParams
 
 # name, lowest and highest allowed value
@@ -95,6 +96,18 @@ class Sampler:
     def busy_s(self) -> float:
         """Seconds that `sample` has spent in native code so far."""
         return self._native.busy_s
+
+    @property
+    def num_needed(self) -> int:
+        """How many of the largest logits are enough to choose by, whatever the others are; 0: all are needed."""
+        return self._native.num_needed
+
+    def sample_short(self, row: Shortlist, position: int, sequence: int) -> SampledToken:
+        """As `sample`, bit for bit, of a row of which `row` has the `num_needed` largest logits."""
+        if not row.is_sound:
+            raise AssertionError("logits must be finite or -inf, and one of them finite")
+        token_id, logprob = self._native.sample_short(row.logits, row.ids, (row.peak, row.total), position, sequence)
+        return SampledToken(token_id, logprob, ())
 
     def sample(
         self,

@@ -118,9 +118,15 @@ class SoloSequence:
         history = np.ones(depth + num_tokens, np.int32)
         started = time.perf_counter()
         token_id = 1
+        is_short = sampler.num_needed <= self.compiled.most_kept
         for position in range(depth, len(history)):
-            logits = self._next_logits([token_id])
-            token_id = sampler.sample(logits, history[:position], position, 0).token_id
+            if is_short:
+                self._forward([token_id], np.zeros(1, np.int32))
+                (row,) = self.compiled.shortlists(0, [sampler.num_needed])
+                token_id = sampler.sample_short(row, position, 0).token_id
+            else:
+                logits = self._next_logits([token_id])
+                token_id = sampler.sample(logits, history[:position], position, 0).token_id
         return time.perf_counter() - started, sampler.busy_s
 
     def _next_logits(self, ids: list[int]) -> F32:

@@ -1,6 +1,7 @@
 """The seam between engine and machines: what a backend reads, and what it compiles a Program to."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +29,22 @@ class WeightTensor(Protocol):
         """Stored bytes, uint8 [rows, row bytes]."""
 
 
+@dataclass(frozen=True)
+class Shortlist:
+    """The largest logits of a row, of equal ones those of the lowest ids; and of the whole row what gives their
+    probabilities.
+
+    ids int32 and logits float32 [kept], by rising id. total: the sum of exp(logit - peak), as the sampler adds it up.
+    is_sound: no logit is NaN or +inf, and one is finite; else there is nothing else here.
+    """
+
+    is_sound: bool
+    peak: float
+    total: float
+    ids: NDArray[np.int32]
+    logits: NDArray[np.float32]
+
+
 class CompiledProgram(Protocol):
     """A Program on one machine, with its KV pages. Not thread safe: one batch at a time."""
 
@@ -39,6 +56,15 @@ class CompiledProgram(Protocol):
 
     def logits(self, first: int, count: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Logits [count, vocab_size] of the last batch's logit rows from `first` on; in `out`, where that is given."""
+
+    @property
+    def most_kept(self) -> int:
+        """Longest Shortlist that `shortlists` gives; 0: it gives none."""
+
+    def shortlists(self, first: int, kept: Sequence[int]) -> list[Shortlist]:
+        """Of the last batch's logit rows from `first` on the kept[i] largest logits of each, which may choose a token:
+        the row itself need not leave a GPU.
+        """
 
     def observe(
         self, batch: Batch, wanted: Collection[Value], look: Callable[[Value, NDArray[np.float32]], None]

@@ -1,6 +1,6 @@
 """The native backend: compiles a lowered Program to flat steps over packed weights, and runs them on a thread pool."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from isotherm.backends.cpu.packing import neurons_name, pair_name, rows_name
 from isotherm.backends.cpu.step_facts import describe_steps, max_marks
 from isotherm.errors import UnsupportedModel
 from isotherm.program import flow, ops
+from isotherm.program.backend import Shortlist
 from isotherm.program.batch import Batch
 from isotherm.program.ops import NormWeights, Trim, Value
 from isotherm.program.recorder import Program
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 _NOTHING = np.empty(0, np.uint8)
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
+_SHORTLIST_HEADER = 8  # words
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
@@ -54,6 +56,14 @@ class DevicePart(Protocol):
 
     def step(self, index: int) -> int:
         """The place of an op in `program`; asked for once each, in the order of the ops."""
+
+    @property
+    def most_kept(self) -> int:
+        """See CompiledProgram.most_kept."""
+
+    @property
+    def shortlist_words(self) -> int:
+        """Words of a row's shortlist, as kernels/choice.cl of the GPU writes it."""
 
     def num_layers(self, state: int) -> int:
         """Layers of a state group whose pages it keeps: those with the last slots."""
@@ -134,6 +144,19 @@ class CompiledCpu:
         return out
 
     @property
+    def most_kept(self) -> int:
+        return self._device.most_kept if self._device else 0
+
+    def shortlists(self, first: int, kept: Sequence[int]) -> list[Shortlist]:
+        assert self._device is not None, "the CPU's logits are read as they are"
+        if self._walks is not None:
+            self._walks.append(Walk(len(kept), ()))
+        words = np.empty((len(kept), self._device.shortlist_words), np.uint32)
+        finished = self._executor.shortlist(first, np.array(kept, np.int32), words)
+        assert finished, "stopped, though nothing was raised"
+        return [read_shortlist(row) for row in words]
+
+    @property
     def page_bytes(self) -> tuple[int, ...]:
         return tuple(state.page_bytes for state in self._program.states)
 
@@ -177,6 +200,14 @@ class CompiledCpu:
             assert end <= stop, f"position {end - 1} lies past the context"
             table[start:stop] = rope_table(rope, start, stop)
             self._num_positions = stop
+
+
+def read_shortlist(words: NDArray[np.uint32]) -> Shortlist:
+    """As kernels/choice.cl of the GPU writes it."""
+    is_unsound, count, most = bool(words[0]), int(words[1]), (len(words) - _SHORTLIST_HEADER) // 2
+    ids, logits = words[_SHORTLIST_HEADER:].reshape(2, most)[:, :count]
+    peak, total = float(words[2:3].view(np.float32)[0]), float(words[4:6].view(np.float64)[0])
+    return Shortlist(not is_unsound, peak, total, ids.view(np.int32), logits.view(np.float32))
 
 
 class _Compiler:

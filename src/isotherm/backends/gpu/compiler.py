@@ -12,15 +12,17 @@ from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.backends.gpu.device import Argument, Gpu, GpuBuffer, LaunchTuple
 from isotherm.backends.gpu.sources import (
+    MOST_FEW_ROWS,
     ROW_LANES,
     SLICE_LANES,
     Source,
     attention_source,
+    choice_source,
     elementwise_source,
     group_heads,
     matmul_source,
 )
-from isotherm.backends.gpu.storage import BLOCK_COLUMNS, MOST_FEW_ROWS, Storage, Weights, panel_rows
+from isotherm.backends.gpu.storage import BLOCK_COLUMNS, MOST_KEPT, SHORTLIST_WORDS, Storage, Weights, panel_rows
 from isotherm.program import flow, ops
 from isotherm.program.ops import NormWeights, Value
 from isotherm.program.recorder import Program
@@ -74,6 +76,7 @@ class GpuCompiler:
         readers = (op for i, op in enumerate(program.ops) if i not in placed)
         self._read_by_cpu = {value for op in readers for value in flow.inputs(op)} | {program.logits}
         self._selected = _selected(program)
+        self.most_kept = 0  # of a shortlist; 0: the GPU makes none
         self.num_launches = 0  # of a decoded token, in the steps so far
         ops_here = [program.ops[i] for i in sorted(placed)]
         self._storage = storage = Storage(gpu, program, ops_here, weights, limits, plan)
@@ -97,6 +100,10 @@ class GpuCompiler:
         """How many layers of a state group are here; they have its last slots."""
         return sum(group == state for group, _ in self._storage.pages)
 
+    @property
+    def shortlist_words(self) -> int:
+        return SHORTLIST_WORDS
+
     def takes(self, index: int) -> bool:
         return index in self._placed
 
@@ -113,6 +120,8 @@ class GpuCompiler:
         self.num_launches += sum(launch.least_rows == 1 for launch in launches)
         outputs = [storage.transfer(value) for value in flow.outputs(op)]
         downloads = [storage.transfer(value) for value in flow.outputs(op) if value in self._read_by_cpu]
+        if self._program.logits in flow.outputs(op) and self._gpu.has_double:
+            self._add_choice(storage.places[self._program.logits].buffer)
         return self.program.step([launch.plain for launch in launches], uploads, outputs, downloads)
 
     def _launches(self, op: ops.Op) -> Iterator[_Launch]:
@@ -141,6 +150,12 @@ class GpuCompiler:
                 )
             case _:
                 raise AssertionError(f"the GPU has no {type(op).__name__}")
+
+    def _add_choice(self, logits: GpuBuffer) -> None:
+        out, storage = self._storage.shortlists, self._storage
+        arguments: list[Argument] = [logits, storage.head, out, self._program.logits.width, MOST_KEPT]
+        self.program.choice(self._kernel(choice_source(), "shortlist", arguments), ROW_LANES, out, SHORTLIST_WORDS)
+        self.most_kept = min(MOST_KEPT, self._program.logits.width)
 
     def _launch(self, source: Source, name: str, *arguments: Argument) -> _Launch:
         """Of a kernel whose groups are rows."""

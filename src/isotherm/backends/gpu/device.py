@@ -52,6 +52,7 @@ class Gpu(Protocol):
 
     tiling: Tiling
     num_units: int
+    has_double: bool
 
     def allocate(self, num_bytes: int) -> GpuBuffer: ...
 
@@ -68,6 +69,8 @@ class ProgramSteps(Protocol):
     def rope(self, table: NDArray[np.float32]) -> None: ...
 
     def pages(self, state: int, buffer: GpuBuffer) -> None: ...
+
+    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, /) -> None: ...
 
     def step(
         self,
@@ -89,6 +92,7 @@ class OpenGpu:
         self.facts = self.device.facts
         self.tiling = tiling or Tiling()
         self.num_units = self.facts.num_units
+        self.has_double = self.facts.has_double
         self._cache = cache
         self._programs: dict[Source, int] = {}
 

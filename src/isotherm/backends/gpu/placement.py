@@ -41,13 +41,14 @@ class Room:
     largest_buffer_bytes: int
     tiling: Tiling
     num_units: int = 1
+    has_double: bool = True
 
 
 def room_of(gpu: OpenGpu, num_bytes: int | None) -> Room:
     """num_bytes: that may be used; None: nine tenths of its memory, as a driver does not tell what others took."""
     facts = gpu.facts
     most = facts.memory_bytes if num_bytes is not None else int(_MEMORY_SHARE * facts.memory_bytes)
-    return Room(min(num_bytes or most, most), facts.largest_buffer_bytes, gpu.tiling, gpu.num_units)
+    return Room(min(num_bytes or most, most), facts.largest_buffer_bytes, gpu.tiling, gpu.num_units, gpu.has_double)
 
 
 def compile_placed(
@@ -114,7 +115,7 @@ def _count(
     program: Program, entry: Callable[[str], EntrySpec], limits: CpuLimits, first_layer: int, room: Room
 ) -> "_Count":
     """What the compiler asks for, from a device that has no end."""
-    count, placed = _Count(room.tiling, room.num_units), placed_ops(program, first_layer)
+    count, placed = _Count(room), placed_ops(program, first_layer)
     compiler = GpuCompiler(count, program, placed, _Entries(entry), limits, plan_buffers(program))
     for index in sorted(placed):
         compiler.step(index)
@@ -134,9 +135,10 @@ class _Entries:
 class _Count:
     """A Gpu that only counts the bytes that it is asked for."""
 
-    def __init__(self, tiling: Tiling, num_units: int) -> None:
-        self.tiling = tiling
-        self.num_units = num_units
+    def __init__(self, room: Room) -> None:
+        self.tiling = room.tiling
+        self.num_units = room.num_units
+        self.has_double = room.has_double
         self.num_bytes = self.largest_bytes = 0
 
     def allocate(self, num_bytes: int) -> GpuBuffer:
@@ -158,6 +160,8 @@ class _NoProgram:
     def rope(self, table: NDArray[np.float32]) -> None: ...
 
     def pages(self, state: int, buffer: GpuBuffer) -> None: ...
+
+    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int) -> None: ...
 
     def step(self, launches: list[LaunchTuple], uploads: list[RowsTuple], *outputs: list[RowsTuple]) -> int:
         return 0

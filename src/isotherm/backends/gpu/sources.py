@@ -14,6 +14,7 @@ from isotherm.types import KvType, QuantType
 _FOLDER = Path(__file__).parent / "kernels"
 # Division and square roots as IEEE 754 has them; without this OpenCL may be three units in the last place off.
 _OPTIONS = "-cl-std=CL1.2 -cl-fp32-correctly-rounded-divide-sqrt"
+MOST_FEW_ROWS = 8  # of a batch: a slice has one of them each
 SLICE_LANES = 32  # a slice of a matmul's group: the rows of a panel
 ROW_LANES = 256  # of a group that computes a row, or a head
 _FILLING_PANELS = 4  # a unit: its groups hide each other's waiting for memory
@@ -36,6 +37,9 @@ class Tiling:
     narrow_slices: int = 8  # the same, of a matrix with fewer panels than fill the device
     many_slices: int = 8
     many_tokens: int = 8  # rows of a slice
+
+    def __post_init__(self) -> None:
+        assert min(self.few_slices, self.narrow_slices) >= MOST_FEW_ROWS
 
     def for_panels(self, num_panels: int, num_units: int) -> "Tiling":
         """That of a matrix with so many panels, on a device with so many units."""
@@ -81,6 +85,10 @@ def attention_source(shape: AttentionShape, kv_type: KvType) -> Source:
         "IS_Q8": int(kv_type is KvType.Q8_0),
     }
     return _source(defines, _text("attention"))
+
+
+def choice_source() -> Source:
+    return _source({"LANES": ROW_LANES}, _text("choice"))
 
 
 def probe_source() -> Source:

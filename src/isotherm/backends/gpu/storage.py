@@ -11,6 +11,7 @@ from isotherm.backends.cpu.buffers import BufferPlan
 from isotherm.backends.cpu.limits import CpuLimits
 from isotherm.backends.cpu.packing import pair_name
 from isotherm.backends.gpu.device import Gpu, GpuBuffer, RowsTuple
+from isotherm.backends.gpu.sources import MOST_FEW_ROWS
 from isotherm.program import ops
 from isotherm.program.ops import Projection, Value
 from isotherm.program.recorder import PAGE_TOKENS, Program
@@ -18,8 +19,9 @@ from isotherm.quantization.p32 import PANEL_ROWS, padded_columns
 from isotherm.quantization.packed_file import EntrySpec
 from isotherm.types import Rope
 
-MOST_FEW_ROWS = 8  # of a batch, for which attention leaves partial results
 BLOCK_COLUMNS = 32
+MOST_KEPT = 256  # of a row's logits, in a shortlist
+SHORTLIST_WORDS = 8 + 2 * MOST_KEPT
 _ATTENTION_BLOCK = 512
 
 
@@ -63,7 +65,8 @@ class Storage:
         self._allocate_input(placed)
         self._allocate_attention([op for op in placed if isinstance(op, ops.RopeAttention)])
         self.batch = gpu.allocate(4 * self._batch_ints())
-        self.head = gpu.allocate(4 * (1 + limits.max_head_rows))
+        self.head = gpu.allocate(4 * (1 + 2 * limits.max_head_rows))
+        self.shortlists = gpu.allocate(4 * limits.max_head_rows * SHORTLIST_WORDS)
 
     def _allocate_input(self, placed: list[ops.Op]) -> None:
         """Rows as matmuls read them."""

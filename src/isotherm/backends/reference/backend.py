@@ -1,7 +1,7 @@
 """The truth, in NumPy: runs any Program, recorded in float32, lowered in the arithmetic of the contract."""
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from isotherm.backends.reference import contract, experts, float32
 from isotherm.errors import OptionError
 from isotherm.program import flow, ops
-from isotherm.program.backend import WeightTensor
+from isotherm.program.backend import Shortlist, WeightTensor
 from isotherm.program.batch import Batch
 from isotherm.program.ops import Op, Value
 from isotherm.program.recorder import PAGE_TOKENS, Program
@@ -119,6 +119,13 @@ class CompiledReference:
     def write_page(self, group: int, page: int, data: NDArray[np.uint8]) -> None:
         pages = self._kv[group]
         pages[:, page] = data.view(np.float32).reshape(pages[:, page].shape)
+
+    @property
+    def most_kept(self) -> int:
+        return 0
+
+    def shortlists(self, first: int, kept: Sequence[int]) -> list[Shortlist]:
+        raise AssertionError("the reference backend gives no shortlists")
 
     def read_weights_s(self) -> None:
         return None

@@ -12,6 +12,7 @@
 #define BITS_OF(x) as_uint(x)
 #define FLOAT_OF(bits) as_float(bits)
 #define FMA(a, b, c) fma(a, b, c)
+#define ATOMIC_ADD(at, value) atomic_add(at, value)
 #define NOT_A_NUMBER FLOAT_OF(0x7FC00000u)
 
 typedef uchar u8;
