@@ -46,11 +46,11 @@ class BoundProgram {
   }
 
   // launches: as GpuLaunch has it.
-  int step(const std::vector<std::tuple<int, int, int, bool, int, int, int>>& launches, const Rows& uploads,
+  int step(const std::vector<std::tuple<int, int, int, int, int, int, int>>& launches, const Rows& uploads,
            const Rows& outputs, const Rows& downloads) {
     GpuStep made;
-    for (const auto& [kernel, panels, rows_per_group, is_by_block, lanes, least, most] : launches)
-      made.launches.push_back({kernel, panels, rows_per_group, is_by_block, lanes, least, most});
+    for (const auto& [kernel, panels, rows_per_group, blocks, lanes, least, most] : launches)
+      made.launches.push_back({kernel, panels, rows_per_group, static_cast<GpuBlocks>(blocks), lanes, least, most});
     fill(made.uploads, uploads);
     fill(made.outputs, outputs);
     fill(made.downloads, downloads);

@@ -51,11 +51,13 @@ void GpuProgram::begin_head(const int32_t* rows, int count, const int32_t* kept)
 
 void GpuProgram::launch(int step, int num_rows) {
   for (const GpuLaunch& l : steps_[static_cast<size_t>(step)].launches) {
+    const bool is_one = num_blocks_ == 1;
     if (num_rows < l.least_rows || num_rows > l.most_rows) continue;
-    const int row_groups = l.rows_per_group ? (num_rows + l.rows_per_group - 1) / l.rows_per_group : 1;
+    if (l.blocks != GpuBlocks::kAny && (l.blocks == GpuBlocks::kOne) != is_one) continue;
+    const int row_groups = (num_rows + l.rows_per_group - 1) / l.rows_per_group;
+    const int blocks = l.blocks == GpuBlocks::kSplit ? num_blocks_ : 1;
     device_->launch(l.kernel,
-                    {static_cast<size_t>(l.panels), static_cast<size_t>(row_groups),
-                     static_cast<size_t>(l.is_by_block ? num_blocks_ : 1)},
+                    {static_cast<size_t>(l.panels), static_cast<size_t>(row_groups), static_cast<size_t>(blocks)},
                     static_cast<size_t>(l.lanes));
   }
 }

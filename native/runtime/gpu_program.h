@@ -9,12 +9,15 @@
 
 namespace isotherm {
 
-// A kernel for batches of [least_rows, most_rows] rows. Groups: `panels` x (rows / rows_per_group; 0: one) x (blocks of
-// 512 positions, up to that of the last token, where it is by block; else one).
+// For which batches a kernel is launched, by the blocks of 512 positions that their tokens see: any; one; more; more,
+// with groups for each of them.
+enum class GpuBlocks : int { kAny, kOne, kMerged, kSplit };
+
+// A kernel for batches of [least_rows, most_rows] rows. Groups: `panels` x (rows / rows_per_group) x (blocks, or one).
 struct GpuLaunch {
   int kernel;
   int panels, rows_per_group;
-  bool is_by_block;
+  GpuBlocks blocks;
   int lanes;
   int least_rows, most_rows;
 };

@@ -100,7 +100,7 @@ class GpuProgram:
     def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, /) -> None: ...
     def step(
         self,
-        launches: list[tuple[int, int, int, bool, int, int, int]],
+        launches: list[tuple[int, int, int, int, int, int, int]],
         uploads: list[tuple[int, GpuBuffer, int, int, int]],
         outputs: list[tuple[int, GpuBuffer, int, int, int]],
         downloads: list[tuple[int, GpuBuffer, int, int, int]],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from itertools import groupby
 
 import numpy as np
@@ -37,6 +38,15 @@ _HAS_BIAS, _HAS_RESIDUAL, _IS_GLU, _ACTIVATION_STEP = 1, 2, 4, 8  # flags of fin
 _IS_NORMED, _KEEPS_VALUES = 1, 2  # of elementwise.cl
 
 
+class Blocks(Enum):
+    """Of 512 positions: for which batches a kernel is launched. Numbers as in native/runtime/gpu_program.h."""
+
+    ANY = 0
+    ONE = 1  # whose tokens see one block
+    MERGED = 2  # more
+    SPLIT = 3  # more, with groups for each block
+
+
 @dataclass(frozen=True)
 class _Launch:
     """See GpuLaunch in native/runtime/gpu_program.h."""
@@ -44,15 +54,20 @@ class _Launch:
     kernel: int
     panels: int
     rows_per_group: int = 1
-    is_by_block: bool = False
+    blocks: Blocks = Blocks.ANY
     lanes: int = ROW_LANES
     least_rows: int = 1
     most_rows: int = _MANY
 
     @property
+    def is_of_one_token(self) -> bool:
+        """Whether a token that is decoded by itself, in a short context, launches it."""
+        return self.least_rows == 1 and self.blocks in (Blocks.ANY, Blocks.ONE)
+
+    @property
     def plain(self) -> LaunchTuple:
         rows = (self.least_rows, self.most_rows)
-        return self.kernel, self.panels, self.rows_per_group, self.is_by_block, self.lanes, *rows
+        return self.kernel, self.panels, self.rows_per_group, self.blocks.value, self.lanes, *rows
 
 
 class GpuCompiler:
@@ -117,7 +132,7 @@ class GpuCompiler:
                 storage.out(value)
                 uploads.append(storage.transfer(value))
         launches = list(self._launches(op))
-        self.num_launches += sum(launch.least_rows == 1 for launch in launches)
+        self.num_launches += sum(launch.is_of_one_token for launch in launches)
         outputs = [storage.transfer(value) for value in flow.outputs(op)]
         downloads = [storage.transfer(value) for value in flow.outputs(op) if value in self._read_by_cpu]
         if self._program.logits in flow.outputs(op) and self._gpu.has_double:
@@ -256,7 +271,7 @@ class GpuCompiler:
         else:
             for below, few in zip((0, *_FEW_ROWS), _FEW_ROWS, strict=False):
                 kernel = self._kernel(source, f"multiply_{few}", arguments)
-                lanes = SLICE_LANES * tiling.few_slices
+                lanes = SLICE_LANES * tiling.slices_of(few)
                 yield _Launch(kernel, panels, few, lanes=lanes, least_rows=below + 1, most_rows=few)
         kernel = self._kernel(source, "multiply_floats_many" if is_float else "multiply_many", arguments)
         yield _Launch(kernel, panels, many_rows, lanes=many_lanes, least_rows=most + 1)
@@ -288,10 +303,12 @@ class GpuCompiler:
             *(out.buffer, out.stride, self._storage.partials, self._storage.num_blocks),
         ]
         groups, most = shape.num_heads // group_heads(shape), MOST_FEW_ROWS
-        blocks = self._kernel(source, "attend_blocks", arguments)
-        yield _Launch(blocks, groups, is_by_block=True, most_rows=most)
-        yield _Launch(self._kernel(source, "merge_blocks", arguments), shape.num_heads, most_rows=most)
-        yield _Launch(self._kernel(source, "attend", arguments), groups, least_rows=most + 1)
+        blocks, merge = (self._kernel(source, name, arguments) for name in ("attend_blocks", "merge_blocks"))
+        yield _Launch(blocks, groups, blocks=Blocks.SPLIT, most_rows=most)
+        yield _Launch(merge, shape.num_heads, blocks=Blocks.MERGED, most_rows=most)
+        whole = self._kernel(source, "attend", arguments)
+        yield _Launch(whole, groups, blocks=Blocks.ONE, most_rows=most)
+        yield _Launch(whole, groups, least_rows=most + 1)
 
     def _rope_place(self, rope: Rope | None) -> tuple[int, int]:
         """Columns of the tables before it in what a batch is told, and its own."""

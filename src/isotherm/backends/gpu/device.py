@@ -16,7 +16,7 @@ from isotherm.backends.gpu.sources import Source, Tiling
 
 GpuBuffer: TypeAlias = "_native.GpuBuffer"
 Argument: TypeAlias = "int | float | _native.GpuBuffer"
-LaunchTuple: TypeAlias = tuple[int, int, int, bool, int, int, int]  # as GpuLaunch in native/runtime/gpu_program.h
+LaunchTuple: TypeAlias = tuple[int, int, int, int, int, int, int]  # as GpuLaunch in native/runtime/gpu_program.h
 RowsTuple: TypeAlias = "tuple[int, _native.GpuBuffer, int, int, int]"  # as GpuRows
 
 _DIGEST_BYTES = 32  # before a kept binary: what was half written is never believed

@@ -41,6 +41,10 @@ class Tiling:
     def __post_init__(self) -> None:
         assert min(self.few_slices, self.narrow_slices) >= MOST_FEW_ROWS
 
+    def slices_of(self, num_rows: int) -> int:
+        """Of the kernel for so many rows, at most few: as SLICES_OF in matmul.cl."""
+        return min(self.few_slices, 64 // num_rows)
+
     def for_panels(self, num_panels: int, num_units: int) -> "Tiling":
         """That of a matrix with so many panels, on a device with so many units."""
         is_narrow = num_panels < _FILLING_PANELS * num_units

@@ -1,6 +1,7 @@
 """Which tiling is the quickest on a device: a short search, once for each device, driver and version of the kernels."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -9,6 +10,7 @@ import numpy as np
 from isotherm.backends.gpu.device import Argument, KernelCache, OpenGpu
 from isotherm.backends.gpu.sources import SLICE_LANES, Tiling, matmul_source
 from isotherm.backends.gpu.survey import best_s
+from isotherm.errors import DeviceFailed
 from isotherm.quantization.p32 import packed_bytes
 from isotherm.types import QuantType
 
@@ -37,11 +39,21 @@ def search(gpu: OpenGpu, few_outputs: int = _FEW_OUTPUTS, many_outputs: int = _M
     """Times one decoded row of a wide and of a narrow matrix, then many rows, with what the device can run."""
     most_slices = gpu.facts.max_lanes // SLICE_LANES
     few = [Tiling(few_slices=slices) for slices in _FEW_SLICES if slices <= most_slices]
-    best = min(few, key=lambda tiling: _time_s(gpu, tiling, few_outputs, 1))
-    narrow = min(few, key=lambda tiling: _time_s(gpu, tiling, many_outputs, 1))
+    best = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, few_outputs, 1))
+    narrow = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, 1))
     best = replace(best, narrow_slices=narrow.few_slices)
     many = [replace(best, many_slices=slices, many_tokens=tokens) for slices, tokens in _MANY if slices <= most_slices]
-    return min(many, key=lambda tiling: _time_s(gpu, tiling, many_outputs, _MANY_ROWS))
+    return min(many, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, _MANY_ROWS))
+
+
+def _if_it_runs(gpu: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -> float:
+    """Seconds; without end where a group needs more registers than the device has."""
+    try:
+        return _time_s(gpu, tiling, num_outputs, num_rows)
+    except DeviceFailed:
+        if tiling == Tiling():
+            raise
+        return math.inf
 
 
 def _time_s(gpu: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -> float:
@@ -58,7 +70,7 @@ def _time_s(gpu: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -> fl
     is_few = num_rows == 1
     source, name = matmul_source(_TYPE, _TYPE, tiling), "multiply_1" if is_few else "multiply_many"
     kernel = gpu.kernel(source, name, arguments)
-    lanes = SLICE_LANES * (tiling.few_slices if is_few else tiling.many_slices)
+    lanes = SLICE_LANES * (tiling.slices_of(1) if is_few else tiling.many_slices)
     row_groups = 1 if is_few else -(-num_rows // (tiling.many_slices * tiling.many_tokens))
     seconds = best_s(device, lambda: device.launch(kernel, (num_outputs // 32, row_groups, 1), lanes))
     for buffer in buffers:

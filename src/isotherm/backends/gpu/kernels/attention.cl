@@ -50,7 +50,7 @@ INLINE size_t page_of(GLOBAL const int* batch, int token, int state, int positio
 
 // A group is a head of q or of k, and a token. Norms the head (flags 1: of q, 2: of k) and rotates it; q stays where it
 // is, k and v go to their page. rope: where the rotations of token 0 stand in `batch`, but for its rows.
-KERNEL void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GLOBAL const float* k, int k_offset, int k_stride,
+KERNEL(LANES) void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GLOBAL const float* k, int k_offset, int k_stride,
                           GLOBAL const float* v, int v_offset, int v_stride, int flags, GLOBAL const float* q_norm,
                           float q_eps, GLOBAL const float* k_norm, float k_eps, GLOBAL const int* batch, int num_states,
                           int state, int rope_before, int rope_dims, GLOBAL u8* pages) {
@@ -108,6 +108,7 @@ INLINE void score_block(LOCAL const float* q, GLOBAL const u8* pages, GLOBAL con
 #pragma unroll 16
       for (int d = 0; d < HEAD_DIM; d++) {
         const float key = element(keys, d * PAGE_TOKENS + position % PAGE_TOKENS, position % PAGE_TOKENS, d);
+#pragma unroll
         for (int h = 0; h < GROUP_HEADS; h++) sums[h] = FMA(key, q[h * HEAD_DIM + d], sums[h]);
       }
     }
@@ -171,7 +172,7 @@ INLINE void load_queries(LOCAL float* shared, GLOBAL const float* q, int q_offse
 }
 
 // Few tokens: a group a block, of which partials [token][head][num_blocks][2 + HEAD_DIM] are left: best, total, sums.
-KERNEL void attend_blocks(ATTEND_PARAMETERS) {
+KERNEL(LANES) void attend_blocks(ATTEND_PARAMETERS) {
   LOCAL float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
   LOCAL float best[GROUP_HEADS], total[GROUP_HEADS];
   const int token = GROUP(1), position = POSITION(batch, token), start = GROUP(2) * BLOCK_TOKENS;
@@ -207,7 +208,7 @@ INLINE void merge(float* best, float* total, float* sum, float block_best, float
 }
 
 // A group is a head and a token.
-KERNEL void merge_blocks(ATTEND_PARAMETERS) {
+KERNEL(LANES) void merge_blocks(ATTEND_PARAMETERS) {
   const int token = GROUP(1), blocks = POSITION(batch, token) / BLOCK_TOKENS + 1;
   partials += ((size_t)token * NUM_HEADS + GROUP(0)) * num_blocks * (2 + HEAD_DIM);
   for (int d = LANE; d < HEAD_DIM; d += LANES) {
@@ -221,7 +222,7 @@ KERNEL void merge_blocks(ATTEND_PARAMETERS) {
 }
 
 // Many tokens: a group walks the blocks of its token.
-KERNEL void attend(ATTEND_PARAMETERS) {
+KERNEL(LANES) void attend(ATTEND_PARAMETERS) {
   LOCAL float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
   LOCAL float best[GROUP_HEADS], total[GROUP_HEADS];
   const int token = GROUP(1), position = POSITION(batch, token);

@@ -123,7 +123,7 @@ INLINE int collect(GLOBAL const float* logits, int width, uint bound, int rest, 
 
 // head: rows, which they are [rows], how many are kept of each [rows]. out [rows][HEADER_WORDS + 2 * most]: unsound,
 // how many, peak, -, the sum of weights as a double, -, -, ids [most], logits [most].
-KERNEL void shortlist(GLOBAL const float* logits, GLOBAL const int* head, GLOBAL uint* out, int width, int most) {
+KERNEL(LANES) void shortlist(GLOBAL const float* logits, GLOBAL const int* head, GLOBAL uint* out, int width, int most) {
   LOCAL float shared[STRETCH];
   LOCAL double lanes[SUM_LANES];
   LOCAL int digits[256], above[LANES], equal[LANES], unsound;

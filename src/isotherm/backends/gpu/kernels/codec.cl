@@ -68,7 +68,9 @@ INLINE uint CODEC(quad)(GLOBAL const u8* unit, int row, int b, int j) {
 }
 
 INLINE void CODEC(read)(GLOBAL const u8* unit, int row, int b, Block* block) {
-  for (int part = 0; part < 1 + HAS_HALVES; part++) {
+  for (int part = 0; part < 2; part++) {
+    block->scale[part] = block->minimum[part] = 0.0f;
+    if (part > HAS_HALVES) break;
     const float scale = CODEC(scale)(unit, row, b, part);
     block->scale[part] = fabs(scale) < 0x1p105f ? scale : NOT_A_NUMBER;
 #if HAS_MINIMUM

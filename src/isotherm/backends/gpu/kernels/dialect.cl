@@ -1,7 +1,7 @@
 // The C dialect of the kernels: what OpenCL C and other languages of GPUs spell differently, and the scalar functions of
-// the arithmetic contract (ARCHITECTURE.md). A group is LANES lanes in one dimension.
+// the arithmetic contract (ARCHITECTURE.md). A group has one dimension of lanes.
 #pragma OPENCL FP_CONTRACT OFF
-#define KERNEL __kernel
+#define KERNEL(lanes) __kernel __attribute__((reqd_work_group_size(lanes, 1, 1)))  // of a group
 #define GLOBAL __global
 #define LOCAL __local
 #define CONSTANT __constant

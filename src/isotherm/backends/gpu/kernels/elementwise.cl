@@ -29,7 +29,7 @@ INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL floa
 
 // Rows as int8 codes, a scale and two sums of codes for each 32 columns; with flags 1 their RMS norm, with 2 as floats
 // too. Padded with zeros to whole blocks.
-KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int width, int num_blocks, int flags,
+KERNEL(LANES) void quantise(GLOBAL const float* x, int x_offset, int x_stride, int width, int num_blocks, int flags,
                      GLOBAL const float* weight, float eps, GLOBAL uint* codes, GLOBAL float* scales,
                      GLOBAL int* sums, GLOBAL float* values) {
   LOCAL float stretch[STRETCH];
@@ -45,6 +45,7 @@ KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int widt
   BARRIER();
   for (int b = LANE; b < num_blocks; b += LANES) {
     float block[32], top = 0.0f, doubt = 0.0f;
+#pragma unroll
     for (int i = 0; i < 32; i++) {
       const int column = 32 * b + i;
       float v = column < width ? x[column] : 0.0f;
@@ -58,8 +59,10 @@ KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int widt
     const int is_live = top >= 0x1p-100f;
     const float inverse = is_live ? 127.0f / top : 0.0f;
     int total[2] = {0, 0};
+#pragma unroll
     for (int j = 0; j < 8; j++) {
       uint quad = 0;
+#pragma unroll
       for (int i = 0; i < 4; i++) {
         const int code = doubt == 0.0f ? (int)rint(block[4 * j + i] * inverse) : 0;
         total[j / 4] += code;
@@ -77,7 +80,7 @@ KERNEL void quantise(GLOBAL const float* x, int x_offset, int x_stride, int widt
 }
 
 // out = a + b, of which b is normed first where flags is 1. All have `width` columns, rows `stride` apart.
-KERNEL void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GLOBAL const float* weight, float eps,
+KERNEL(LANES) void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GLOBAL const float* weight, float eps,
                      GLOBAL float* out, int width, int stride) {
   LOCAL float stretch[STRETCH];
   const size_t row = (size_t)GROUP(1) * stride;
@@ -87,7 +90,7 @@ KERNEL void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GL
 }
 
 // The rows of a batch that the head reads.
-KERNEL void select_rows(GLOBAL const float* x, GLOBAL const int* head, GLOBAL float* out, int width, int stride) {
+KERNEL(LANES) void select_rows(GLOBAL const float* x, GLOBAL const int* head, GLOBAL float* out, int width, int stride) {
   const size_t from = (size_t)head[1 + GROUP(1)] * stride, to = (size_t)GROUP(1) * stride;
   for (int i = LANE; i < width; i += LANES) out[to + i] = x[from + i];
 }

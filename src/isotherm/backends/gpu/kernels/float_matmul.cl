@@ -50,7 +50,7 @@ INLINE void multiply_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL cons
 #define FLOAT_PARAMETERS                                                                     \
   GLOBAL const u8 *weight, int num_blocks, GLOBAL const float *values, GLOBAL const int *batch, FINISH_PARAMETERS
 #define FLOATS(name, tokens)                                                                              \
-  KERNEL void name(FLOAT_PARAMETERS) {                                                                    \
+  KERNEL(MANY_SLICES * 32) void name(FLOAT_PARAMETERS) {                                                                    \
     LOCAL float shared[MANY_SLICES * FLOAT_COLUMNS * 32];                                                 \
     float totals[tokens];                                                                                 \
     multiply_floats(weight, num_blocks, values, batch, shared, tokens, totals, FINISH_ARGUMENTS);         \
@@ -58,7 +58,7 @@ INLINE void multiply_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL cons
 FLOATS(multiply_floats_few, 1)
 FLOATS(multiply_floats_many, MANY_TOKENS)
 
-KERNEL void embed_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
+KERNEL(LANES) void embed_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
                          int stride, float factor) {
   const int id = TOKEN_ID(batch, GROUP(1)), columns = 32 * num_blocks;
   GLOBAL const u8* panel = weight + (size_t)(id / 32) * columns * 32 * FLOAT_BYTES;

@@ -32,31 +32,34 @@ INLINE GLOBAL const u8* panel_at(GLOBAL const u8* weight, int num_blocks) {
   return weight + (size_t)GROUP(0) * panel_bytes;
 }
 
-// TOKENS rows, at most SLICES: decode. Slices take blocks in turn; row t's chain is slice t's.
+// Slices of a kernel for so many rows: what they give of a round fits 8 KB of local memory.
+#define SLICES_OF(tokens) (FEW_SLICES * (tokens) <= 64 ? FEW_SLICES : 64 / (tokens))
+
+// Few rows: decode. Slices take blocks in turn; row t's chain is slice t's.
 INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const uint* codes, GLOBAL const float* scales,
                          GLOBAL const int* sums, GLOBAL const int* batch, LOCAL float* parts, const int tokens,
-                         FINISH_PARAMETERS) {
+                         const int slices, FINISH_PARAMETERS) {
   const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch), first_row = GROUP(1) * tokens;
   GLOBAL const u8* panel = panel_at(weight, num_blocks);
   const int my_row = min(first_row + slice, rows - 1);
   float total = 0.0f;
   int turn = 0;  // parts are written in one half while the other is read
-  for (int first = 0; first < num_blocks; first += FEW_SLICES, turn ^= 1) {
-    LOCAL float* part = parts + turn * tokens * FEW_SLICES * 32;
-    const int b = first + slice, count = min(FEW_SLICES, num_blocks - first);
+  for (int first = 0; first < num_blocks; first += slices, turn ^= 1) {
+    LOCAL float* part = parts + turn * tokens * slices * 32;
+    const int b = first + slice, count = min(slices, num_blocks - first);
     if (b < num_blocks) {
       Block block;
       read_block(panel, num_blocks, b, lane, &block);
       for (int t = 0; t < tokens; t++) {
         const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + b;
-        part[(t * FEW_SLICES + slice) * 32 + lane] = dot_block(&block, lane, codes, sums, at);
+        part[(t * slices + slice) * 32 + lane] = dot_block(&block, lane, codes, sums, at);
       }
     }
     BARRIER();
     if (slice < tokens)
 #pragma unroll 8
       for (int i = 0; i < count; i++)
-        total = FMA(part[(slice * FEW_SLICES + i) * 32 + lane], scales[(size_t)my_row * num_blocks + first + i], total);
+        total = FMA(part[(slice * slices + i) * 32 + lane], scales[(size_t)my_row * num_blocks + first + i], total);
   }
   BARRIER();
   const int is_row = slice < tokens && first_row + slice < rows;
@@ -67,19 +70,40 @@ INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const u
   GLOBAL const u8 *weight, int num_blocks, GLOBAL const uint *codes, GLOBAL const float *scales,              \
       GLOBAL const int *sums, GLOBAL const int *batch, FINISH_PARAMETERS
 #define FEW(tokens)                                                                                          \
-  KERNEL void multiply_##tokens(MATMUL_PARAMETERS) {                                                         \
-    LOCAL float parts[2 * tokens * FEW_SLICES * 32];                                                         \
-    multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, tokens, FINISH_ARGUMENTS);           \
+  KERNEL(SLICES_OF(tokens) * 32) void multiply_##tokens(MATMUL_PARAMETERS) {                                  \
+    LOCAL float parts[2 * tokens * SLICES_OF(tokens) * 32];                                                  \
+    multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, tokens, SLICES_OF(tokens), FINISH_ARGUMENTS); \
   }
 FEW(1)
 FEW(2)
 FEW(4)
 FEW(8)
 
+// A block in local memory: word after word of all lanes, so that lanes keep out of each other's banks.
+#define BLOCK_WORDS 12
+INLINE void put_block(const Block* block, LOCAL uint* words) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) words[32 * j] = block->codes[j];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    words[32 * (8 + j)] = BITS_OF(block->scale[j]);
+    words[32 * (10 + j)] = BITS_OF(block->minimum[j]);
+  }
+}
+INLINE void get_block(LOCAL const uint* words, Block* block) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) block->codes[j] = words[32 * j];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    block->scale[j] = FLOAT_OF(words[32 * (8 + j)]);
+    block->minimum[j] = FLOAT_OF(words[32 * (10 + j)]);
+  }
+}
+
 // MANY_SLICES * MANY_TOKENS rows: prefill. Slices unpack blocks in turn into local memory, from which every slice
 // multiplies them by rows of its own.
-KERNEL void multiply_many(MATMUL_PARAMETERS) {
-  LOCAL Block shared[MANY_SLICES * 32];
+KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
+  LOCAL uint shared[MANY_SLICES * BLOCK_WORDS * 32];
   LOCAL float exchange[MANY_SLICES * 32];
   const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch);
   const int first_row = (GROUP(1) * MANY_SLICES + slice) * MANY_TOKENS;
@@ -90,12 +114,12 @@ KERNEL void multiply_many(MATMUL_PARAMETERS) {
     Block block;
     if (first + slice < num_blocks) {
       read_block(panel, num_blocks, first + slice, lane, &block);
-      shared[slice * 32 + lane] = block;
+      put_block(&block, shared + slice * BLOCK_WORDS * 32 + lane);
     }
     BARRIER();
     const int count = min(MANY_SLICES, num_blocks - first);
     for (int i = 0; i < count; i++) {
-      block = shared[i * 32 + lane];
+      get_block(shared + i * BLOCK_WORDS * 32 + lane, &block);
 #pragma unroll
       for (int t = 0; t < MANY_TOKENS; t++) {
         const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + first + i;
@@ -109,7 +133,7 @@ KERNEL void multiply_many(MATMUL_PARAMETERS) {
 }
 
 // Rows of the batch's tokens, times `factor`. Panels of one type.
-KERNEL void embed(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
+KERNEL(LANES) void embed(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
                   int stride, float factor) {
   const int id = TOKEN_ID(batch, GROUP(1)), tile_row = id % 32;
   const int last = num_blocks % 8, chunks = num_blocks / 8;

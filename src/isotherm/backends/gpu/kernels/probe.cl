@@ -1,8 +1,8 @@
 // What a device can do at best.
-KERNEL void nothing(GLOBAL int* out) {}
+KERNEL(LANES) void nothing(GLOBAL int* out) {}
 
 // 8 * 8 multiply-adds of int8 by each lane and round, in registers.
-KERNEL void multiply_int8(GLOBAL int* out, int rounds) {
+KERNEL(LANES) void multiply_int8(GLOBAL int* out, int rounds) {
   int sums[8];
   uint a = (uint)LANE * 0x01010101u, b = (uint)GROUP(0) | 0x01020304u;
   for (int i = 0; i < 8; i++) sums[i] = i;
