@@ -193,6 +193,13 @@ def test_a_driver_that_fails(tiny: Path, fake: Path, failure: str, expected: str
     assert expected in child(tiny, "gpu", fake, FAKE_FAIL=failure)
 
 
+@pytest.mark.parametrize("failure", ["CreateContext:-5", "BuildProgram:-11", "CreateBuffer:-4:20"])
+def test_auto_goes_on_without_a_gpu_that_fails(tiny: Path, fake: Path, failure: str) -> None:
+    said = child(tiny, "auto", fake, FAKE_FAIL=failure)
+    assert "notice: the CPU computes all: Fake GPU: " in said
+    assert "answer:" in said
+
+
 def test_auto_takes_a_gpu_with_memory_of_its_own(tiny: Path, fake: Path) -> None:
     assert "notice: gpu:0 (Fake GPU): the embedding, all 3 layers and the head" in child(tiny, "auto", fake)
 

@@ -238,9 +238,11 @@ bool Executor::observe(const BatchView& batch, const std::vector<Stop>& stops, c
 bool Executor::shortlist(int first, int count, const int32_t* kept, uint32_t* out, const std::function<bool()>& poll) {
   begin_head(first, count, kept);
   keeps_logits_ = true;
-  const bool finished = walk(select_, program_.steps.size(), poll);
-  keeps_logits_ = false;
-  if (!finished) return false;
+  struct End {
+    bool& keeps;
+    ~End() { keeps = false; }  // whatever the walk throws
+  } const end{keeps_logits_};
+  if (!walk(select_, program_.steps.size(), poll)) return false;
   const auto started = std::chrono::steady_clock::now();
   program_.gpu->choose(count, out);
   busy_s_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from isotherm.backends.cpu.backend import CpuBackend
@@ -17,7 +18,7 @@ from isotherm.backends.cpu.packing import (
     token_bytes,
     token_ops,
 )
-from isotherm.backends.gpu.choice import AUTO, choose_device
+from isotherm.backends.gpu.choice import AUTO, CPU, choose_device
 from isotherm.backends.gpu.compiler import GpuCompiler
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.backends.gpu.placement import compile_placed, cpu_part, room_of
@@ -25,7 +26,7 @@ from isotherm.backends.gpu.tuning import tuned_tiling
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine, EngineLimits
 from isotherm.engine.kv_store import open_store
-from isotherm.errors import InsufficientMemory
+from isotherm.errors import DeviceFailed, InsufficientMemory
 from isotherm.facts import ModelFacts, PlacementFacts
 from isotherm.fitting import Fitting
 from isotherm.formats.checkpoint import Checkpoint, open_checkpoint
@@ -51,9 +52,21 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     reporter = reporter or SilentReporter()
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
-    with _collector_off():
+    if options.device == AUTO and (options.backend == "reference" or choose_device(AUTO) is None):
+        options = replace(options, device=CPU)
+
+    def assemble(chosen: LoadOptions) -> TextGenerator:
         checkpoint = open_checkpoint(path, reporter.notice)
-        return _Assembly(checkpoint, options, reporter).build(str(name_or_path), started)
+        return _Assembly(checkpoint, chosen, reporter).build(str(name_or_path), started)
+
+    with _collector_off():
+        try:
+            return assemble(options)
+        except (DeviceFailed, InsufficientMemory) as error:
+            if options.device != AUTO:
+                raise
+            reporter.notice(f"the CPU computes all: {error}")
+        return assemble(replace(options, device=CPU))
 
 
 @contextmanager
@@ -81,9 +94,10 @@ class _Assembly:
         self._isa = choose_isa()
         self._part: GpuCompiler | None = None
         self._num_threads = options.threads or physical_cores()
-        device = None if options.backend == "reference" else choose_device(options.device)
+        device = choose_device(options.device)
         self._gpu = None if device is None else self._open_gpu(device)
-        self._room = room_of(self._gpu, options.vram_bytes) if self._gpu else None
+        least_layers = 1 if options.device == AUTO else 0
+        self._room = room_of(self._gpu, options.vram_bytes, least_layers) if self._gpu else None
         fitting = Fitting(checkpoint.config, self._program, self._tensors, options, self._num_threads, self._room)
         self._fit = fitting.fit(reporter.notice)
         self._drop_gpu()
@@ -118,7 +132,8 @@ class _Assembly:
             weights = self._packed()
             checkpoint.close()  # what the packed form holds is never read from the source
             compiled = self._compile(weights)
-            threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
+            if self._part is None:  # what a GPU has need not stay in memory
+                threading.Thread(target=weights.touch, name="touch weights", daemon=True).start()
         tokenizer = build_tokenizer(checkpoint.tokenizer)
         store = open_store(self._options, checkpoint.identity, fit.program, compiled, self._reporter.notice)
         engine_limits = EngineLimits(
@@ -146,11 +161,12 @@ class _Assembly:
         return TextGenerator(engine, tokenizer, chat_template_for(checkpoint.tokenizer), facts)
 
     def _compile(self, weights: PackedWeights) -> CompiledProgram:
-        fit, num_threads, part = self._fit, self._num_threads, None
+        fit, part = self._fit, None
         if self._gpu is not None and fit.placement is not None:
             self._part = part = compile_placed(self._gpu, fit.program, fit.placement, weights, fit.limits)
-            num_threads = num_threads if fit.placement.first_layer > 0 else 1  # of which one enqueues
-        return CpuBackend(weights, isa=self._isa, num_threads=num_threads).compile(fit.program, fit.limits, part)
+            if fit.placement.first_layer <= 0:
+                self._num_threads = 1  # which enqueues: no layer is the CPU's
+        return CpuBackend(weights, isa=self._isa, num_threads=self._num_threads).compile(fit.program, fit.limits, part)
 
     def _placement_facts(self) -> PlacementFacts | None:
         fit, placement = self._fit, self._fit.placement

@@ -53,6 +53,7 @@ class Fitting:
         self._options = options
         self._num_threads = num_threads
         self._room = room
+        self._lowered: dict[tuple[int | None, bool], tuple[Program, tuple[EntrySpec, ...]]] = {}
 
     def fit(self, notify: Callable[[str], None]) -> Fit:
         """The context that was asked for, or the model's, cut to what memory holds: told, never silent.
@@ -96,19 +97,19 @@ class Fitting:
         limits = self._limits(context_tokens)
         placement = None
         if self._room is not None:
-            dense = lower(self._program).keeping(KvType(self._options.kv))
-            entries = {spec.name: spec for spec, _ in packed_entries(dense, self._tensors)}
-            placement = place(dense, entries.__getitem__, limits, self._room)
-        program = self._lower(placement, is_sparse=is_sparse)
-        specs = tuple(spec for spec, _ in packed_entries(program, self._tensors))
+            dense, specs = self._lower(None, is_sparse=False)
+            placement = place(dense, {spec.name: spec for spec in specs}.__getitem__, limits, self._room)
+        program, specs = self._lower(placement.first_layer if placement else None, is_sparse=is_sparse)
         return Fit(context_tokens, program, specs, limits, placement, self._forecast(program, placement, limits))
 
-    def _lower(self, placement: Placement | None, *, is_sparse: bool) -> Program:
-        """By neuron only what the CPU computes."""
-        if not is_sparse:
-            return lower(self._program).keeping(KvType(self._options.kv))
-        most = None if placement is None else placement.first_layer
-        return lower_by_neuron(self._program, self._tensors, most).keeping(KvType(self._options.kv))
+    def _lower(self, first_placed: int | None, *, is_sparse: bool) -> tuple[Program, tuple[EntrySpec, ...]]:
+        """The lowered Program and its packed weights; by neuron only what the CPU computes."""
+        key = first_placed if is_sparse else None, is_sparse
+        if key not in self._lowered:
+            lowered = lower_by_neuron(self._program, self._tensors, first_placed) if is_sparse else lower(self._program)
+            program = lowered.keeping(KvType(self._options.kv))
+            self._lowered[key] = program, tuple(spec for spec, _ in packed_entries(program, self._tensors))
+        return self._lowered[key]
 
     def _limits(self, context_tokens: int) -> CpuLimits:
         """Pages for one context at least; what `kv_bytes` has room for beyond that goes to groups without a window."""

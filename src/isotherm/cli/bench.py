@@ -122,7 +122,7 @@ def to_text(result: "BenchResult") -> str:
         f"{facts.config.family} {facts.quantization}",
         f"{facts.file_bytes / 2**20:.2f} MiB" if facts.file_bytes < 2**30 else f"{facts.file_bytes / 2**30:.2f} GiB",
         f"{facts.num_parameters / 1e6:.2f} M" if facts.num_parameters < 1e9 else f"{facts.num_parameters / 1e9:.2f} B",
-        f"{facts.backend} {facts.isa}",
+        f"{facts.backend} {facts.isa}" + (f" + {facts.placement.device}" if facts.placement else ""),
         str(facts.num_threads),
     )
     rows = [(*model, speed.test, f"{speed.tokens_per_second:.2f} ± {speed.stddev:.2f}") for speed in result.tests]

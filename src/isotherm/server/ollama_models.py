@@ -135,11 +135,12 @@ async def _listed(slot: Slot) -> dict[str, Any]:
 async def _loaded(slot: Slot) -> dict[str, Any]:
     assert slot.worker
     model = slot.worker.model
+    vram_bytes = model.facts.placement.num_bytes if model.facts.placement else 0
     ends_at = time.time() + slot.keep_alive_s if slot.num_users else slot.unload_at
     return {
         **await _listed(slot),
-        "size": model.facts.memory.total_bytes,
-        "size_vram": 0,
+        "size": model.facts.memory.total_bytes + vram_bytes,
+        "size_vram": vram_bytes,
         "expires_at": _FOREVER if math.isinf(ends_at) else time_text(ends_at),
         "context_length": model.context_tokens,
     }

@@ -42,13 +42,21 @@ class Room:
     tiling: Tiling
     num_units: int = 1
     has_double: bool = True
+    least_layers: int = 0  # fewer are not worth it
 
 
-def room_of(gpu: OpenGpu, num_bytes: int | None) -> Room:
+def room_of(gpu: OpenGpu, num_bytes: int | None, least_layers: int = 0) -> Room:
     """num_bytes: that may be used; None: nine tenths of its memory, as a driver does not tell what others took."""
     facts = gpu.facts
     most = facts.memory_bytes if num_bytes is not None else int(_MEMORY_SHARE * facts.memory_bytes)
-    return Room(min(num_bytes or most, most), facts.largest_buffer_bytes, gpu.tiling, gpu.num_units, gpu.has_double)
+    return Room(
+        min(num_bytes or most, most),
+        facts.largest_buffer_bytes,
+        gpu.tiling,
+        gpu.num_units,
+        gpu.has_double,
+        least_layers,
+    )
 
 
 def compile_placed(
@@ -68,7 +76,7 @@ def place(program: Program, entry: Callable[[str], EntrySpec], limits: CpuLimits
     refused = [
         layer for op, layer in zip(program.ops, layers, strict=True) if not can_take(op, lambda n: entry(n).types)
     ]
-    low, high = max(refused, default=EVERYTHING - 1) + 1, num_layers
+    low, high = max(refused, default=EVERYTHING - 1) + 1, num_layers - room.least_layers
     found = None
     while low <= high:  # fewer layers never take more
         middle = (low + high) // 2
