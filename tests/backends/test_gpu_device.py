@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from on_gpu import open_gpu
 
-from isotherm.backends.gpu import tuning
+from isotherm.backends.gpu import survey, tuning
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
-from isotherm.backends.gpu.sources import Tiling, elementwise_source
+from isotherm.backends.gpu.sources import Dot4, Tiling, elementwise_source
+from isotherm.errors import DeviceFailed
 
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +93,24 @@ def test_a_search_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tuning.search(gpu, few_outputs=64, many_outputs=64)
     assert found.few_slices in (8, 16)
     assert (found.many_slices, found.many_tokens) in ((8, 8), (4, 4))
+
+
+def test_four_bytes_are_multiplied_by_what_the_driver_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A means that does not compile, or gives other numbers, is passed over."""
+    gpu = open_gpu()
+    monkeypatch.setattr(type(gpu.facts), "has_dot_product", True)
+    monkeypatch.setattr(type(gpu.facts), "vendor", "NVIDIA Corporation")
+    tried: list[Dot4] = []
+    dot4s = survey._dot4s
+
+    def wrong(device: object, dot4: Dot4, a: NDArray[np.int8], b: NDArray[np.int8]) -> NDArray[np.int32]:
+        tried.append(dot4)
+        if dot4 is Dot4.PTX:
+            raise DeviceFailed("no such instruction")
+        return np.zeros(len(a), np.int32)
+
+    monkeypatch.setattr(survey, "_dot4s", wrong)
+    assert survey.find_dot4(gpu.device) is Dot4.PLAIN
+    assert tried == [Dot4.KHRONOS, Dot4.PTX]
+    monkeypatch.setattr(survey, "_dot4s", lambda device, _, a, b: dot4s(device, Dot4.PLAIN, a, b))
+    assert survey.find_dot4(gpu.device) is Dot4.KHRONOS

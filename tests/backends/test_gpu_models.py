@@ -19,10 +19,13 @@ from isotherm.types import KvType, QuantType
 
 SMALL = {"hidden_size": 64, "ffn_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "num_layers": 3}
 FAMILIES = {"llama": QuantType.Q4_1, "qwen2": QuantType.Q5_0, "gemma3": QuantType.Q8_0, "qwen3": QuantType.F16}
+QUICK = ("llama", "gemma3")  # the others are slow tests
 CUTS = (0, 300, 301, 303, 511, 512, 513, LENGTH)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     folder = tmp_path_factory.mktemp("tiny")
     return make_tiny(folder, request.param, FAMILIES[request.param], sliding_window=70, **SMALL)

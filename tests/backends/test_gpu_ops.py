@@ -18,8 +18,7 @@ from isotherm.types import Activation, KvType, QuantType
 
 ROWS = (1, 2, 3, 4, 7, 8, 9, 70)  # each kernel full, with a rest, and more than one group of rows
 MOST = ROWS[-1]
-# One type of each way to keep scales and codes.
-TYPES = ("F16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "MXFP4", "NVFP4", "TQ2_0")
+TYPES = ("F16", "Q4_0", "Q4_K", "Q6_K")  # floats, and the usual ways to keep scales
 OTHERS = tuple(t for t in QuantType if t.value not in TYPES)
 
 
@@ -97,8 +96,7 @@ def test_activations(activation: Activation | None) -> None:
 
 
 def test_pairs_of_two_types() -> None:
-    for gate, up in ((QuantType.Q4_K, QuantType.Q6_K), (QuantType.NVFP4, QuantType.MXFP4)):
-        assert_equal_on_gpu(pair(gate, up), 9)
+    assert_equal_on_gpu(pair(QuantType.Q4_K, QuantType.Q6_K), 9)
 
 
 def pair(gate: QuantType, up: QuantType) -> Finished:
@@ -158,11 +156,10 @@ def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 CASES = [
-    test_attention.Case(9, 3, 64, 64, window=7),
     test_attention.Case(3, 1, 48, 22, window=16, qk_norm=True),
     test_attention.Case(30, 1, 48, 16, kv_type=KvType.Q8_0),
 ]
-LONG_CASES = [test_attention.Case(2, 1, 64, 64), test_attention.Case(3, 3, 48, 16, window=513, kv_type=KvType.Q8_0)]
+LONG_CASES = [test_attention.Case(3, 3, 48, 16, window=513, kv_type=KvType.Q8_0)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

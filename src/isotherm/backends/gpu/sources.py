@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from isotherm.types import KvType, QuantType
 
 _FOLDER = Path(__file__).parent / "kernels"
 # Division and square roots as IEEE 754 has them; without this OpenCL may be three units in the last place off.
-_OPTIONS = "-cl-std=CL1.2 -cl-fp32-correctly-rounded-divide-sqrt"
+_OPTIONS = "-cl-fp32-correctly-rounded-divide-sqrt"
 MOST_FEW_ROWS = 8  # of a batch: a slice has one of them each
 SLICE_LANES = 32  # a slice of a matmul's group: the rows of a panel
 ROW_LANES = 256  # of a group that computes a row, or a head
@@ -29,6 +30,14 @@ class Source:
     options: str
 
 
+class Dot4(IntEnum):
+    """By which means a device multiplies and adds four bytes; numbers as in dialect.cl."""
+
+    PLAIN = 0  # C
+    KHRONOS = 1  # the extension cl_khr_integer_dot_product
+    PTX = 2  # an instruction of NVIDIA's, whose compiler has no other name for it
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How matmuls are shared out. A slice is 32 lanes: with few rows slices share a sum, with many the weights."""
@@ -37,6 +46,7 @@ class Tiling:
     narrow_slices: int = 8  # the same, of a matrix with fewer panels than fill the device
     many_slices: int = 8
     many_tokens: int = 8  # rows of a slice
+    dot4: Dot4 = Dot4.PLAIN
 
     def __post_init__(self) -> None:
         assert min(self.few_slices, self.narrow_slices) >= MOST_FEW_ROWS
@@ -59,6 +69,7 @@ def matmul_source(type_a: QuantType, type_b: QuantType, tiling: Tiling) -> Sourc
         "MANY_SLICES": tiling.many_slices,
         "MANY_TOKENS": tiling.many_tokens,
         "LANES": ROW_LANES,
+        "DOT4": tiling.dot4,
     }
     if type_a.is_float:
         assert type_a is type_b
@@ -95,8 +106,8 @@ def choice_source() -> Source:
     return _source({"LANES": ROW_LANES}, _text("choice"))
 
 
-def probe_source() -> Source:
-    return _source({"LANES": ROW_LANES}, _text("probe"))
+def probe_source(dot4: Dot4) -> Source:
+    return _source({"LANES": ROW_LANES, "DOT4": dot4}, _text("probe"))
 
 
 def group_heads(shape: AttentionShape) -> int:
@@ -110,9 +121,10 @@ _ALIASES = "".join(f"#define {name}_b {name}_a\n" for name in ("tile_bytes", "re
 )
 
 
-def _source(defines: dict[str, int], *parts: str) -> Source:
-    head = "".join(f"#define {name} {value}\n" for name, value in defines.items())
-    return Source("\n".join([head, _text("dialect"), *parts]), _OPTIONS)
+def _source(defines: Mapping[str, int], *parts: str) -> Source:
+    head = "".join(f"#define {name} {int(value)}\n" for name, value in defines.items())
+    version = "CL3.0" if defines.get("DOT4") == Dot4.KHRONOS else "CL1.2"
+    return Source("\n".join([head, _text("dialect"), *parts]), f"-cl-std={version} {_OPTIONS}")
 
 
 @cache

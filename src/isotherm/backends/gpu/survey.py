@@ -5,9 +5,10 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isotherm import _native
-from isotherm.backends.gpu.sources import ROW_LANES, probe_source
+from isotherm.backends.gpu.sources import ROW_LANES, Dot4, probe_source
 from isotherm.errors import DeviceFailed, DeviceNotFound, InsufficientMemory
 from isotherm.facts import GpuDeviceFacts, GpuLimits
 
@@ -47,9 +48,36 @@ def examine(index: int, facts: _native.GpuFacts) -> GpuDeviceFacts:
 def measure(index: int) -> GpuLimits:
     """The best of several rounds. Raises what a GpuDevice does."""
     device = _native.GpuDevice(index)
-    probe = probe_source()
+    probe = probe_source(find_dot4(device))
     program = device.build(probe.text, probe.options, b"")
     return GpuLimits(_copy_bytes_per_s(device), _int8_ops_per_s(device, program), _launch_s(device, program))
+
+
+def find_dot4(device: _native.GpuDevice) -> Dot4:
+    """The quickest means that this driver compiles and that gives what C does."""
+    facts, rng = device.facts, np.random.default_rng(0)
+    wanted = [Dot4.KHRONOS] if facts.has_dot_product else []
+    wanted += [Dot4.PTX] if "NVIDIA" in facts.vendor else []
+    a, b = (rng.integers(-128, 128, (ROW_LANES, 4)).astype(np.int8) for _ in range(2))
+    expected = (a.astype(np.int32) * b).sum(axis=1) + np.arange(ROW_LANES)
+    for dot4 in wanted:
+        try:
+            if np.array_equal(_dot4s(device, dot4, a, b), expected):
+                return dot4
+        except DeviceFailed:  # it does not compile
+            continue
+    return Dot4.PLAIN
+
+
+def _dot4s(device: _native.GpuDevice, dot4: Dot4, a: NDArray[np.int8], b: NDArray[np.int8]) -> NDArray[np.int32]:
+    probe, out = probe_source(dot4), np.zeros(ROW_LANES, np.int32)
+    buffers = [device.allocate(4 * ROW_LANES) for _ in range(3)]
+    for buffer, values in zip(buffers, (a, b), strict=False):
+        device.write(buffer, 0, values.reshape(-1).view(np.uint8))
+    kernel = device.kernel(device.build(probe.text, probe.options, b""), "check_dot4", list(buffers))
+    device.launch(kernel, (1, 1, 1), ROW_LANES)
+    device.read(buffers[2], 0, out.view(np.uint8))
+    return out
 
 
 def _copy_bytes_per_s(device: _native.GpuDevice) -> float:

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from isotherm.backends.gpu.device import Argument, KernelCache, OpenGpu
-from isotherm.backends.gpu.sources import SLICE_LANES, Tiling, matmul_source
-from isotherm.backends.gpu.survey import best_s
+from isotherm.backends.gpu.sources import SLICE_LANES, Dot4, Tiling, matmul_source
+from isotherm.backends.gpu.survey import best_s, find_dot4
 from isotherm.errors import DeviceFailed
 from isotherm.quantization.p32 import packed_bytes
 from isotherm.types import QuantType
@@ -28,7 +28,8 @@ def tuned_tiling(gpu: OpenGpu, cache: KernelCache, notify: Callable[[str], None]
         return Tiling()
     key = gpu.key(matmul_source(_TYPE, _TYPE, Tiling())) + "-tiling"
     if kept := cache.read(key):
-        return Tiling(**json.loads(kept))
+        values = json.loads(kept)
+        return Tiling(**values | {"dot4": Dot4(values["dot4"])})
     notify(f"tuning the kernels for {gpu.name} ({gpu.facts.name}), once")
     found = search(gpu)
     cache.write(key, json.dumps(asdict(found)).encode())
@@ -37,8 +38,8 @@ def tuned_tiling(gpu: OpenGpu, cache: KernelCache, notify: Callable[[str], None]
 
 def search(gpu: OpenGpu, few_outputs: int = _FEW_OUTPUTS, many_outputs: int = _MANY_OUTPUTS) -> Tiling:
     """Times one decoded row of a wide and of a narrow matrix, then many rows, with what the device can run."""
-    most_slices = gpu.facts.max_lanes // SLICE_LANES
-    few = [Tiling(few_slices=slices) for slices in _FEW_SLICES if slices <= most_slices]
+    most_slices, dot4 = gpu.facts.max_lanes // SLICE_LANES, find_dot4(gpu.device)
+    few = [Tiling(few_slices=slices, dot4=dot4) for slices in _FEW_SLICES if slices <= most_slices]
     best = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, few_outputs, 1))
     narrow = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, 1))
     best = replace(best, narrow_slices=narrow.few_slices)
@@ -51,7 +52,7 @@ def _if_it_runs(gpu: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -
     try:
         return _time_s(gpu, tiling, num_outputs, num_rows)
     except DeviceFailed:
-        if tiling == Tiling():
+        if tiling == Tiling(dot4=tiling.dot4):
             raise
         return math.inf
 

@@ -26,15 +26,19 @@ INLINE float half_of(uint bits) {
   return vload_half(0, (const half*)&h);
 }
 
-// sum + the dot product of four signed bytes each.
-#ifdef __opencl_c_integer_dot_product_input_4x8bit_packed
-INLINE int dot4(uint a, uint b, int sum) { return sum + dot_4x8packed_ss_int(a, b); }
-#else
+// sum + the dot product of four signed bytes each. DOT4: by which means, as Dot4 in sources.py.
 INLINE int dot4(uint a, uint b, int sum) {
+#if DOT4 == 1
+  return sum + dot_4x8packed_ss_int(a, b);
+#elif DOT4 == 2
+  int result;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+  return result;
+#else
   const char4 x = as_char4(a), y = as_char4(b);
   return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-}
 #endif
+}
 
 INLINE float exp_(float x) {
   x = x < -87.0f ? -87.0f : x;

@@ -1,6 +1,10 @@
 // What a device can do at best.
 KERNEL(LANES) void nothing(GLOBAL int* out) {}
 
+KERNEL(LANES) void check_dot4(GLOBAL const uint* a, GLOBAL const uint* b, GLOBAL int* out) {
+  out[LANE] = dot4(a[LANE], b[LANE], LANE);
+}
+
 // 8 * 8 multiply-adds of int8 by each lane and round, in registers.
 KERNEL(LANES) void multiply_int8(GLOBAL int* out, int rounds) {
   int sums[8];
