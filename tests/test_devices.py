@@ -66,7 +66,6 @@ def child(model: Path, device: str, driver: str | Path, **environment: str) -> s
 @pytest.fixture
 def pocl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
-    monkeypatch.setenv("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")
     if reason := open_pocl():
         pytest.skip(reason)
 
@@ -207,7 +206,7 @@ def test_auto_takes_a_gpu_with_memory_of_its_own(tiny: Path, fake: Path) -> None
 def test_two_devices_give_one_answer(tiny: Path) -> None:
     if reason := open_pocl():
         pytest.skip(reason)
-    environment = {"POCL_DEVICES": "pthread basic", "POCL_EXTRA_BUILD_FLAGS": "-cl-opt-disable"}
+    environment = {"POCL_DEVICES": "pthread basic"}
     said = [child(tiny, device, "pocl", **environment) for device in ("cpu", "gpu:0", "gpu:1")]
     answers = [line for text in said for line in text.splitlines() if line.startswith("answer:")]
     assert len(answers) == 3

@@ -1,7 +1,6 @@
 """Programs compiled for PoCL's device, which has every kernel that a GPU has; see pocl.py."""
 
 import atexit
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,8 +28,6 @@ KERNELS = KernelCache(Path(_SCRATCH.name))
 
 def open_gpu(tiling: Tiling | None = None) -> OpenGpu:
     """Skips where there is no PoCL."""
-    os.environ.setdefault("POCL_CACHE_DIR", str(Path(_SCRATCH.name) / "pocl"))
-    os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")  # compiles three times as fast
     if reason := open_pocl():
         pytest.skip(reason)
     return OpenGpu(0, KERNELS, tiling)

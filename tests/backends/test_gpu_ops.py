@@ -83,7 +83,14 @@ def test_columns_that_fill_no_chunk(columns: int) -> None:
         assert_equal_on_gpu(sketch.finish(y), 9)
 
 
-@pytest.mark.parametrize("activation", [*Activation, None])
+SLOW = pytest.mark.slow  # where the quick ones of a kind say enough
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [Activation.SILU, Activation.GELU_TANH, Activation.DRELU]
+    + [pytest.param(a, marks=SLOW) for a in (Activation.RELU, Activation.RELU_SQUARED, None)],
+)
 def test_activations(activation: Activation | None) -> None:
     sketch = Sketch()
     x = sketch.input(random_inputs(11, 64))  # the twelfth row's squares are no numbers
@@ -148,7 +155,7 @@ def test_what_is_no_number_shows_in_its_row_alone() -> None:
     assert np.isfinite(np.delete(expected, [1, 4, 11], axis=0)).all()
 
 
-@pytest.mark.parametrize("tiling", [Tiling(16, 8, 4, 4), Tiling(8, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("tiling", [Tiling(16, 8, 4, 4), pytest.param(Tiling(8, 16, 16, 16), marks=SLOW)], ids=str)
 def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
     assert_equal_on_gpu(layer_like(QuantType.Q4_0, 256), tiling=tiling)
 
