@@ -26,6 +26,9 @@ if sys.argv[4] == "pocl":
     from pocl import open_pocl
     assert not open_pocl(), open_pocl()
 import isotherm
+import isotherm.assemble
+if sys.argv[5] == "trusted":  # without a trial of what it computes
+    isotherm.assemble.check_answers = lambda *_: None
 from isotherm.errors import IsothermError
 from isotherm.formats.fetching import SilentReporter
 class Reporter(SilentReporter):
@@ -54,10 +57,11 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def child(model: Path, device: str, driver: str | Path, **environment: str) -> str:
+def child(model: Path, device: str, driver: str | Path, trust: str = "trusted", **environment: str) -> str:
     """driver: a library, or "pocl"."""
-    values = {**os.environ, **({} if driver == "pocl" else {"ISOTHERM_OPENCL": str(driver)}), **environment}
-    arguments = [sys.executable, "-c", CHILD, str(model), device, str(Path(__file__).parent), str(driver)]
+    kept = {"ISOTHERM_CACHE": str(model.parent)}
+    values = {**os.environ, **kept, **({} if driver == "pocl" else {"ISOTHERM_OPENCL": str(driver)}), **environment}
+    arguments = [sys.executable, "-c", CHILD, str(model), device, str(Path(__file__).parent), str(driver), trust]
     run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=values)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -196,6 +200,15 @@ def test_a_driver_that_fails(tiny: Path, fake: Path, failure: str, expected: str
 def test_auto_goes_on_without_a_gpu_that_fails(tiny: Path, fake: Path, failure: str) -> None:
     said = child(tiny, "auto", fake, FAKE_FAIL=failure)
     assert "notice: the CPU computes all: Fake GPU: " in said
+    assert "answer:" in said
+
+
+def test_a_device_that_computes_wrong_answers_nobody(tiny: Path, fake: Path, tmp_path: Path) -> None:
+    said = child(tiny, "gpu", fake, trust="", ISOTHERM_CACHE=str(tmp_path))
+    assert "notice: trying gpu:0 (Fake GPU) against the CPU, once" in said
+    assert "DeviceFailed: gpu:0 (Fake GPU) gives other numbers than the CPU" in said
+    said = child(tiny, "auto", fake, trust="", ISOTHERM_CACHE=str(tmp_path))
+    assert "notice: the CPU computes all: gpu:0 (Fake GPU) gives other numbers" in said
     assert "answer:" in said
 
 

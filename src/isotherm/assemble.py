@@ -22,6 +22,7 @@ from isotherm.backends.gpu.choice import AUTO, CPU, choose_device
 from isotherm.backends.gpu.compiler import GpuCompiler
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.backends.gpu.placement import compile_placed, cpu_part, room_of
+from isotherm.backends.gpu.trial import check_answers
 from isotherm.backends.gpu.tuning import tuned_tiling
 from isotherm.backends.reference.backend import ReferenceBackend
 from isotherm.engine.engine import Engine, EngineLimits
@@ -106,6 +107,7 @@ class _Assembly:
         cache = KernelCache(cache_dir() / "kernels")
         gpu = OpenGpu(index, cache)
         gpu.tiling = tuned_tiling(gpu, cache, self._reporter.notice)
+        check_answers(gpu, cache, self._isa, self._reporter.notice)
         return gpu
 
     def _drop_gpu(self) -> None:

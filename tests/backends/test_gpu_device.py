@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from on_gpu import open_gpu
 
-from isotherm.backends.gpu import survey, tuning
+from isotherm.backends.cpu.isa import choose_isa
+from isotherm.backends.gpu import sources, survey, trial, tuning
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.backends.gpu.sources import Dot4, Tiling, elementwise_source
 from isotherm.errors import DeviceFailed
@@ -114,3 +115,36 @@ def test_four_bytes_are_multiplied_by_what_the_driver_has(monkeypatch: pytest.Mo
     assert tried == [Dot4.KHRONOS, Dot4.PTX]
     monkeypatch.setattr(survey, "_dot4s", lambda device, _, a, b: dot4s(device, Dot4.PLAIN, a, b))
     assert survey.find_dot4(gpu.device) is Dot4.KHRONOS
+
+
+def test_a_device_is_tried_once_before_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cache, said = open_gpu(), KernelCache(tmp_path), []
+    assert trial.computes_alike(gpu, choose_isa())
+    monkeypatch.setattr(type(gpu.facts), "is_gpu", True)
+    for _ in range(2):
+        trial.check_answers(gpu, cache, choose_isa(), said.append)
+    assert said == [f"trying gpu:0 ({gpu.facts.name}) against the CPU, once"]
+
+
+@pytest.mark.parametrize("wrong", ["fma(a, b, c)", "sqrt("], ids=["fused", "square root"])
+def test_a_device_that_rounds_otherwise_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are a rounding off."""
+    gpu, text = open_gpu(), sources._text
+
+    def changed(name: str) -> str:
+        return text(name).replace("fma(a, b, c)", "((a) * (b) + (c))") if "fma" in wrong else twisted(text(name))
+
+    def twisted(source: str) -> str:
+        return source.replace("1.0f / sqrt(", "nextafter(1.0f, 2.0f) / sqrt(")
+
+    for cached in (sources.matmul_source, sources.elementwise_source, sources.attention_source):
+        cached.cache_clear()
+    monkeypatch.setattr(sources, "_text", changed)
+    monkeypatch.setattr(type(gpu.facts), "is_gpu", True)
+    try:
+        with pytest.raises(DeviceFailed, match="gives other numbers than the CPU"):
+            trial.check_answers(gpu, KernelCache(tmp_path), choose_isa(), lambda _: None)
+    finally:
+        for cached in (sources.matmul_source, sources.elementwise_source, sources.attention_source):
+            cached.cache_clear()
+    assert not list(tmp_path.iterdir())
