@@ -35,7 +35,6 @@ _FEW_ROWS = (1, 2, 4, MOST_FEW_ROWS)  # of a batch: each has a kernel; more rows
 _MANY = 1 << 30
 _ACTIVATIONS = (None, *(Activation(name) for name in ("silu", "gelu_tanh", "relu", "relu_squared", "drelu")))
 _HAS_BIAS, _HAS_RESIDUAL, _IS_GLU, _ACTIVATION_STEP = 1, 2, 4, 8  # flags of finish.cl
-_IS_NORMED, _KEEPS_VALUES = 1, 2  # of elementwise.cl
 
 
 class Blocks(Enum):
@@ -194,12 +193,12 @@ class GpuCompiler:
 
     def _quantise(self, x: Value, norm: NormWeights | None, *, keeps_values: bool) -> _Launch:
         place = self._storage.places[x]
-        flags = (_IS_NORMED if norm else 0) | (_KEEPS_VALUES if keeps_values else 0)
         weight = self._storage.vector(norm.weight) if norm else self._storage.nothing
         return self._launch(
             elementwise_source(),
-            "quantise",
-            *(place.buffer, place.offset, place.stride, x.width, padded_columns(x.width) // BLOCK_COLUMNS, flags),
+            "quantise_normed" if norm else "quantise",
+            *(place.buffer, place.offset, place.stride, x.width, padded_columns(x.width) // BLOCK_COLUMNS),
+            int(keeps_values),
             *(
                 weight,
                 norm.eps if norm else 0.0,
@@ -322,10 +321,11 @@ class GpuCompiler:
         out = self._storage.out(op.out)
         assert a.offset == b.offset == 0
         assert a.stride == b.stride == out.stride
-        norm = op.norm if isinstance(op, ops.AddNorm) else None
-        weight = self._storage.vector(norm.weight) if norm else self._storage.nothing
-        arguments = (a.buffer, b.buffer, _IS_NORMED if norm else 0, weight, norm.eps if norm else 0.0)
-        return self._launch(elementwise_source(), "add_norm", *arguments, out.buffer, op.out.width, out.stride)
+        source, written = elementwise_source(), (out.buffer, op.out.width, out.stride)
+        if isinstance(op, ops.Add):
+            return self._launch(source, "add", a.buffer, b.buffer, *written)
+        norm = self._storage.vector(op.norm.weight), op.norm.eps
+        return self._launch(source, "add_norm", a.buffer, b.buffer, *norm, *written)
 
 
 def can_take(op: ops.Op, types: Callable[[str], tuple[QuantType, ...]]) -> bool:

@@ -22,7 +22,7 @@ INLINE float element(GLOBAL const u8* plane, int i, int slot, int d) {
 #endif
 }
 
-// Writes one head of one position. Every lane of the group comes here.
+// Writes one head of one position.
 INLINE void append(GLOBAL u8* plane, LOCAL const float* x, int slot, int is_key) {
 #if IS_Q8
   for (int b = LANE; b < SCALE_BLOCKS; b += LANES) {
@@ -54,24 +54,23 @@ KERNEL(LANES) void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GL
                           GLOBAL const float* v, int v_offset, int v_stride, int flags, GLOBAL const float* q_norm,
                           float q_eps, GLOBAL const float* k_norm, float k_eps, GLOBAL const int* batch, int num_states,
                           int state, int rope_before, int rope_dims, GLOBAL u8* pages) {
-  LOCAL float x[HEAD_DIM], lanes[16];
+  LOCAL float x[HEAD_DIM], y[HEAD_DIM], lanes[16];
   const int token = GROUP(1), rows = NUM_ROWS(batch), position = POSITION(batch, token), pairs = rope_dims / 2;
   const int is_query = GROUP(0) < NUM_HEADS, head = is_query ? GROUP(0) : GROUP(0) - NUM_HEADS;
   const int is_normed = flags & (is_query ? 1 : 2);
-  GLOBAL const float* from = is_query ? q + q_offset + (size_t)token * q_stride : k + k_offset + (size_t)token * k_stride;
-  from += head * HEAD_DIM;
-  float factor = 1.0f;
-  if (is_normed) {
-    if (LANE < 16) {
-      float sum = 0.0f;
-      for (int i = LANE; i < HEAD_DIM; i += 16) sum = FMA(from[i], from[i], sum);
-      lanes[LANE] = sum;
-    }
-    BARRIER();
-    factor = 1.0f / sqrt(sum_lanes(lanes) / (float)HEAD_DIM + (is_query ? q_eps : k_eps));
+  GLOBAL const float* from =
+      (is_query ? q + q_offset + (size_t)token * q_stride : k + k_offset + (size_t)token * k_stride) + head * HEAD_DIM;
+  if (LANE < 16) {
+    float sum = 0.0f;
+    for (int i = LANE; i < HEAD_DIM; i += 16) sum = FMA(from[i], from[i], sum);
+    lanes[LANE] = sum;
   }
+  BARRIER();
+  const float factor = 1.0f / sqrt(sum_lanes(lanes) / (float)HEAD_DIM + (is_query ? q_eps : k_eps));
   for (int d = LANE; d < HEAD_DIM; d += LANES)
     x[d] = is_normed ? (from[d] * factor) * (is_query ? q_norm : k_norm)[d] : from[d];
+  if (!is_query)
+    for (int d = LANE; d < HEAD_DIM; d += LANES) y[d] = v[v_offset + (size_t)token * v_stride + head * HEAD_DIM + d];
   BARRIER();
   GLOBAL const float* rope =
       (GLOBAL const float*)(batch + 1 + (2 + num_states + rope_before) * rows + (size_t)token * rope_dims);
@@ -83,15 +82,11 @@ KERNEL(LANES) void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GL
   BARRIER();
   if (is_query) {
     for (int d = LANE; d < HEAD_DIM; d += LANES) q[q_offset + (size_t)token * q_stride + head * HEAD_DIM + d] = x[d];
-    return;
+  } else {
+    GLOBAL u8* page = pages + page_of(batch, token, state, position, head);
+    append(page, x, position % PAGE_TOKENS, 1);
+    append(page + HALF_BYTES, y, position % PAGE_TOKENS, 0);
   }
-  const int slot = position % PAGE_TOKENS;
-  GLOBAL u8* page = pages + page_of(batch, token, state, position, head);
-  append(page, x, slot, 1);
-  BARRIER();
-  for (int d = LANE; d < HEAD_DIM; d += LANES) x[d] = v[v_offset + (size_t)token * v_stride + head * HEAD_DIM + d];
-  BARRIER();
-  append(page + HALF_BYTES, x, slot, 0);
 }
 
 // One block of one token, for the group's heads: p from `first` to `last`, then best and total.
@@ -178,13 +173,9 @@ KERNEL(LANES) void attend_blocks(ATTEND_PARAMETERS) {
   const int token = GROUP(1), position = POSITION(batch, token), start = GROUP(2) * BLOCK_TOKENS;
   const int head = GROUP(0) * GROUP_HEADS, kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
   const int oldest = window && position + 1 > window ? position + 1 - window : 0;
-  const int first = max(oldest, start), last = min(position + 1, start + BLOCK_TOKENS);
+  const int first = max(oldest, start), last = max(first, min(position + 1, start + BLOCK_TOKENS));  // it may see nothing
   partials += (((size_t)token * NUM_HEADS + head) * num_blocks + GROUP(2)) * (2 + HEAD_DIM);
   const size_t head_stride = (size_t)num_blocks * (2 + HEAD_DIM);
-  if (first >= last) {
-    if (LANE < GROUP_HEADS) partials[LANE * head_stride] = NO_SCORE;
-    return;
-  }
   load_queries(queries, q, q_offset, q_stride);
   score_block(queries, pages, batch, token, state, kv_head, start, first, last, scale, p, lanes, best, total);
   if (LANE < GROUP_HEADS) {

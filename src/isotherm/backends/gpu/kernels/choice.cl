@@ -79,7 +79,7 @@ INLINE uint find_bound(GLOBAL const float* logits, int width, int kept, LOCAL in
       int digit = 255, before = 0;
       while (digit > 0 && before + digits[digit] < kept) before += digits[digit--];
       if (before + digits[digit] < kept) {  // there are fewer: the least of them is the bound
-        while (digits[digit] == 0) digit++;
+        while (digit < 255 && digits[digit] == 0) digit++;
         before -= digit > 0 ? digits[digit] : 0;
       }
       shared[0] = bound | (uint)digit << shift;
@@ -133,15 +133,12 @@ KERNEL(LANES) void shortlist(GLOBAL const float* logits, GLOBAL const int* head,
   out += (size_t)row * (HEADER_WORDS + 2 * most);
   const float peak = find_peak(logits, width, shared, &unsound);
   const int is_unsound = unsound || peak == -INFINITY;
-  int count = 0;
-  if (!is_unsound) {
-    const double total = weigh(logits, width, peak, shared, lanes);
-    if (LANE == 0) *(GLOBAL double*)(out + 4) = total;
-    int rest;
-    const uint bound = find_bound(logits, width, kept, digits, found, &rest);
-    count = collect(logits, width, bound, rest, above, equal, out + HEADER_WORDS, out + HEADER_WORDS + most);
-  }
+  const double total = weigh(logits, width, peak, shared, lanes);  // of unsound rows too: no barrier stands in a branch
+  int rest;
+  const uint bound = find_bound(logits, width, kept, digits, found, &rest);
+  const int count = collect(logits, width, bound, rest, above, equal, out + HEADER_WORDS, out + HEADER_WORDS + most);
   if (LANE == 0) {
+    *(GLOBAL double*)(out + 4) = total;
     out[0] = (uint)is_unsound;
     out[1] = (uint)count;
     out[2] = BITS_OF(peak);

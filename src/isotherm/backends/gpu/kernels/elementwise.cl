@@ -27,21 +27,22 @@ INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL floa
   return 1.0f / sqrt(sum_lanes(stretch) / (float)width + eps);
 }
 
-// Rows as int8 codes, a scale and two sums of codes for each 32 columns; with flags 1 their RMS norm, with 2 as floats
-// too. Padded with zeros to whole blocks.
-KERNEL(LANES) void quantise(GLOBAL const float* x, int x_offset, int x_stride, int width, int num_blocks, int flags,
-                     GLOBAL const float* weight, float eps, GLOBAL uint* codes, GLOBAL float* scales,
-                     GLOBAL int* sums, GLOBAL float* values) {
-  LOCAL float stretch[STRETCH];
-  LOCAL int unsound;
+#define QUANTISE_PARAMETERS                                                                                    \
+  GLOBAL const float *x, int x_offset, int x_stride, int width, int num_blocks, int keeps_values,                  \
+      GLOBAL const float *weight, float eps, GLOBAL uint *codes, GLOBAL float *scales, GLOBAL int *sums,            \
+      GLOBAL float *values
+
+// Rows as int8 codes, a scale and two sums of codes for each 32 columns; where values are kept, as floats too. Padded
+// with zeros to whole blocks. No barrier stands in a branch: is_normed is a constant.
+INLINE void quantise_row(const int is_normed, LOCAL float* stretch, LOCAL int* unsound, QUANTISE_PARAMETERS) {
   const int row = GROUP(1);
   x += x_offset + (size_t)row * x_stride;
   codes += (size_t)row * num_blocks * 8;
   scales += (size_t)row * num_blocks;
   sums += (size_t)row * num_blocks * 2;
   values += (size_t)row * num_blocks * 32;
-  if (LANE == 0) unsound = 0;
-  const float factor = flags & 1 ? norm_factor(x, width, eps, stretch) : 1.0f;
+  if (LANE == 0) *unsound = 0;
+  const float factor = is_normed ? norm_factor(x, width, eps, stretch) : 1.0f;
   BARRIER();
   for (int b = LANE; b < num_blocks; b += LANES) {
     float block[32], top = 0.0f, doubt = 0.0f;
@@ -49,13 +50,13 @@ KERNEL(LANES) void quantise(GLOBAL const float* x, int x_offset, int x_stride, i
     for (int i = 0; i < 32; i++) {
       const int column = 32 * b + i;
       float v = column < width ? x[column] : 0.0f;
-      if (flags & 1 && column < width) v = (v * factor) * weight[column];
+      if (is_normed && column < width) v = (v * factor) * weight[column];
       block[i] = v;
       top = fabs(v) > top ? fabs(v) : top;
       doubt = doubt + (v - v);  // 0 as long as all are finite
-      if (flags & 2) values[column] = v;
+      if (keeps_values) values[column] = v;
     }
-    if (doubt != 0.0f) unsound = 1;
+    if (doubt != 0.0f) *unsound = 1;
     const int is_live = top >= 0x1p-100f;
     const float inverse = is_live ? 127.0f / top : 0.0f;
     int total[2] = {0, 0};
@@ -75,18 +76,33 @@ KERNEL(LANES) void quantise(GLOBAL const float* x, int x_offset, int x_stride, i
     scales[b] = is_live ? top / 127.0f : 0.0f;
   }
   BARRIER();
-  if (unsound)
+  if (*unsound)
     for (int b = LANE; b < num_blocks; b += LANES) scales[b] = NOT_A_NUMBER;
 }
 
-// out = a + b, of which b is normed first where flags is 1. All have `width` columns, rows `stride` apart.
-KERNEL(LANES) void add_norm(GLOBAL const float* a, GLOBAL const float* b, int flags, GLOBAL const float* weight, float eps,
-                     GLOBAL float* out, int width, int stride) {
+#define QUANTISE(name, is_normed)                                                                                \
+  KERNEL(LANES) void name(QUANTISE_PARAMETERS) {                                                                   \
+    LOCAL float stretch[is_normed ? STRETCH : 1];                                                                   \
+    LOCAL int unsound;                                                                                              \
+    quantise_row(is_normed, stretch, &unsound, x, x_offset, x_stride, width, num_blocks, keeps_values, weight, eps, \
+                 codes, scales, sums, values);                                                                      \
+  }
+QUANTISE(quantise, 0)
+QUANTISE(quantise_normed, 1)
+
+// out = a + b, all of `width` columns, rows `stride` apart.
+KERNEL(LANES) void add(GLOBAL const float* a, GLOBAL const float* b, GLOBAL float* out, int width, int stride) {
+  const size_t row = (size_t)GROUP(1) * stride;
+  for (int i = LANE; i < width; i += LANES) out[row + i] = a[row + i] + b[row + i];
+}
+
+// out = a + norm(b), alike.
+KERNEL(LANES) void add_norm(GLOBAL const float* a, GLOBAL const float* b, GLOBAL const float* weight, float eps,
+                            GLOBAL float* out, int width, int stride) {
   LOCAL float stretch[STRETCH];
   const size_t row = (size_t)GROUP(1) * stride;
-  const float factor = flags & 1 ? norm_factor(b + row, width, eps, stretch) : 1.0f;
-  for (int i = LANE; i < width; i += LANES)
-    out[row + i] = a[row + i] + (flags & 1 ? (b[row + i] * factor) * weight[i] : b[row + i]);
+  const float factor = norm_factor(b + row, width, eps, stretch);
+  for (int i = LANE; i < width; i += LANES) out[row + i] = a[row + i] + (b[row + i] * factor) * weight[i];
 }
 
 // The rows of a batch that the head reads.

@@ -8,17 +8,17 @@
 INLINE void finish(float total, int row, int is_row, int lane, LOCAL float* exchange, FINISH_PARAMETERS) {
   const int activation = flags >> 3;
   int column = GROUP(0) * 32 + lane;
+  exchange[lane] = total;
+  BARRIER();
   if (flags & 4) {
-    exchange[lane] = total;
-    BARRIER();
     const float up = exchange[16 + lane % 16], hidden = activate(total, activation);
     total = hidden == 0.0f ? 0.0f : hidden * (activation == 5 ? positive(up) : up);
     column = lane < 16 ? GROUP(0) * 16 + lane : width;
-    BARRIER();
   } else {
     if (flags & 1) total = total + bias[column];
     total = activate(total, activation);
   }
+  BARRIER();
   if (!is_row || column >= width) return;
   if (flags & 2) total = residual[(size_t)row * residual_stride + column] + total;
   out[(size_t)row * stride + offset + column] = total;
