@@ -34,6 +34,7 @@ def open_pocl() -> str:
         return f"no PoCL in {home}: pip install 'pyopencl[pocl]' brings it"
     os.environ.setdefault("POCL_CACHE_DIR", _SCRATCH.name)
     os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-cl-opt-disable")  # compiles three times as fast
+    os.environ["PYOPENCL_HOME"] = str(home)  # where the driver finds its own files
     os.environ["OCL_ICD_VENDORS"] = str(home / ".libs" / "pocl.icd")  # and no driver of this machine
     os.environ["ISOTHERM_OPENCL"] = str(loaders[0])
     driver = ctypes.CDLL(str(drivers[0]))
