@@ -24,8 +24,9 @@ from typing import Any
 from peers import RESULTS, commit
 
 import isotherm
+from isotherm.backends.gpu.survey import measure as measure_gpu
 from isotherm.backends.gpu.survey import survey
-from isotherm.facts import GpuDeviceFacts
+from isotherm.facts import GpuLimits
 from isotherm.probe import measure
 from isotherm.text import TextGenerator
 
@@ -60,11 +61,10 @@ def rates(model: TextGenerator, options: argparse.Namespace) -> dict[str, float]
     }
 
 
-def shares(model: TextGenerator, medians: dict[str, float], best: GpuDeviceFacts) -> dict[str, float]:
+def shares(model: TextGenerator, medians: dict[str, float], limits: GpuLimits) -> dict[str, float]:
     """Of the limits of the device, where all of the model is there."""
-    placed, limits = model.facts.placement, best.limits
+    placed = model.facts.placement
     assert placed is not None
-    assert limits is not None
     return {
         "decode_bytes_per_s": placed.token_bytes * medians["decode"],
         "of_copy_bandwidth": placed.token_bytes * medians["decode"] / limits.copy_bytes_per_s,
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in models.values():
             rates(model, options)  # warm-up
         for turn in range(options.rounds):
-            probes.append(asdict(measure(gpu.facts.num_threads)) | {"gpu": asdict(survey()[number])})
+            probes.append(asdict(measure(gpu.facts.num_threads)) | {"gpu": asdict(measure_gpu(number))})
             for name in list(models)[:: -1 if turn % 2 else 1]:
                 samples.setdefault(name, []).append(rates(models[name], options))
             if options.llama_bench:
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, taken in samples.items()
         }
         best = survey()[number]
+        assert best.limits is not None, best.complaint
         record = {
             "date": date.today().isoformat(),
             "what": "gpu",
@@ -124,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "decode_tokens": options.decode_tokens,
             "tokens_per_s": samples,
             "medians": medians,
-            "shares": shares(gpu, medians[options.device], best),
+            "shares": shares(gpu, medians[options.device], best.limits),
+            "device": asdict(best),
             "tests": tests,
             "probes": probes,
         }

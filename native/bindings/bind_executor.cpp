@@ -72,7 +72,7 @@ class BoundExecutor {
     const int count = static_cast<int>(kept.size()), words = limits_.gpu ? limits_.gpu->shortlist_words() : 0;
     check_head_rows(first, count);
     require(words > 0 && out.shape(0) == kept.size() && static_cast<int>(out.shape(1)) == words, "shortlists");
-    require_range(kept, 1, words / 2, "kept logits");
+    require_range(kept, 1, limits_.gpu->most_kept() + 1, "kept logits");
     return finish([&](const auto& poll) { return executor_.shortlist(first, count, kept.data(), out.data(), poll); });
   }
 

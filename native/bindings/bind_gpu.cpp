@@ -8,8 +8,6 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
-
 #include "../runtime/gpu_program.h"
 
 namespace nb = nanobind;
@@ -91,7 +89,6 @@ void bind_gpu(nb::module_& m) {
       .def_ro("has_double", &GpuFacts::has_double)
       .def_ro("memory_bytes", &GpuFacts::memory_bytes)
       .def_ro("largest_buffer_bytes", &GpuFacts::largest_buffer_bytes)
-      .def_ro("local_bytes", &GpuFacts::local_bytes)
       .def_ro("num_units", &GpuFacts::num_units)
       .def_ro("max_lanes", &GpuFacts::max_lanes)
       .def_ro("lacks", &GpuFacts::lacks);
@@ -132,7 +129,7 @@ void bind_gpu(nb::module_& m) {
       .def(nb::init<std::shared_ptr<GpuDevice>, GpuBuffer, GpuBuffer, int>())
       .def("rope", &BoundProgram::rope)
       .def("pages", [](BoundProgram& self, int state, GpuBuffer buffer) { self.program->add_pages({state, buffer}); })
-      .def("choice", [](BoundProgram& self, int kernel, int lanes, GpuBuffer out,
-                        int row_words) { self.program->set_choice({kernel, lanes, out, row_words}); })
+      .def("choice", [](BoundProgram& self, int kernel, int lanes, GpuBuffer out, int row_words,
+                        int most_kept) { self.program->set_choice({kernel, lanes, out, row_words, most_kept}); })
       .def("step", &BoundProgram::step);
 }

@@ -125,7 +125,6 @@ GpuFacts facts_of(cl::Platform platform, cl::Device device) {
   facts.has_double = device_text(device, cl::kDeviceExtensions).find("cl_khr_fp64") != std::string::npos;
   facts.memory_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceMemory));
   facts.largest_buffer_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceMaxAllocation));
-  facts.local_bytes = static_cast<int64_t>(device_value<cl::Ulong>(device, cl::kDeviceLocalMemory));
   facts.num_units = static_cast<int>(device_value<cl::Uint>(device, cl::kDeviceUnits));
   facts.max_lanes = static_cast<int>(device_value<size_t>(device, cl::kDeviceMaxGroup));
   facts.lacks = missing(device, device_value<cl::Uint>(device, cl::kDeviceCompiler) != 0);

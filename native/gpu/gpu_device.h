@@ -25,7 +25,7 @@ struct GpuFacts {
   bool shares_memory;    // with the CPU
   bool has_dot_product;  // of four packed bytes, as one operation
   bool has_double;
-  int64_t memory_bytes, largest_buffer_bytes, local_bytes;
+  int64_t memory_bytes, largest_buffer_bytes;
   int num_units, max_lanes;  // of a group
   std::string lacks;         // what of the arithmetic contract's needs; empty: nothing
 };

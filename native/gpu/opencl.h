@@ -22,10 +22,9 @@ using OnBuilt = void (*)(Program, void*);
 
 // clang-format off
 enum : Int {
-  kSuccess = 0, kMemoryAllocationFailure = -4, kOutOfResources = -5, kOutOfHostMemory = -6, kBuildFailure = -11,
-  kInvalidBinary = -42, kInvalidBufferSize = -61,
+  kSuccess = 0, kMemoryAllocationFailure = -4, kOutOfHostMemory = -6, kInvalidBufferSize = -61,
 };
-enum : Ulong { kTypeCpu = 1 << 1, kTypeGpu = 1 << 2, kTypeAccelerator = 1 << 3, kTypeAll = 0xFFFFFFFF };
+enum : Ulong { kTypeCpu = 1 << 1, kTypeAll = 0xFFFFFFFF };
 enum : Uint {
   kPlatformName = 0x0902,
   kDeviceType = 0x1000, kDeviceUnits = 0x1002, kDeviceMaxGroup = 0x1004, kDeviceMaxAllocation = 0x1010,

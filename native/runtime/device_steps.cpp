@@ -1,6 +1,4 @@
 // What the executor does where steps are the GPU's: one thread enqueues, the others wait at the barrier behind.
-#include <chrono>
-
 #include "executor.h"
 
 namespace isotherm {
@@ -8,7 +6,6 @@ namespace {
 
 constexpr int kFreeRows = 8;      // up to so many rows nobody waits for the GPU but who reads what it made
 constexpr size_t kSyncSteps = 8;  // with more rows so many steps are under way: Ctrl-C is asked for between them
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 }  // namespace
 
@@ -19,13 +16,12 @@ size_t Executor::end_on_device(size_t first, size_t last) const {
   return end;
 }
 
-void Executor::run_on_device(size_t first, size_t end, const std::function<bool()>& poll) try {
+void Executor::run_on_device(size_t first, size_t end, Interrupts& interrupts) try {
   GpuProgram& gpu = *program_.gpu;
   const int num_rows = first < select_ ? batch_.num_tokens : head_count_;
   const auto buffer_of = [&](const GpuRows& rows) -> const Buffer& {
     return buffers_[static_cast<size_t>(rows.buffer)];
   };
-  auto polled = std::chrono::steady_clock::now();
   for (size_t i = first; i < end; i++) {
     const int index = std::get<DeviceStep>(program_.steps[i]).index;
     const GpuStep& step = gpu.step(index);
@@ -39,10 +35,7 @@ void Executor::run_on_device(size_t first, size_t end, const std::function<bool(
       if (i + 1 < end) log_->mark(0, i, Phase::kWork);
     } else if (num_rows > kFreeRows && ((i - first) % kSyncSteps == kSyncSteps - 1 || i + 1 == end)) {
       gpu.device().finish();
-      const auto now = std::chrono::steady_clock::now();
-      if (!poll || now - polled < kPollInterval) continue;
-      polled = now;
-      if (poll()) {
+      if (interrupts.stops()) {
         stop_.store(true, std::memory_order_relaxed);
         return;
       }

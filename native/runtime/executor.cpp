@@ -13,8 +13,6 @@
 namespace isotherm {
 namespace {
 
-constexpr auto kPollInterval = std::chrono::milliseconds(20);
-
 // Rounding to nearest, no flushing of denormals: what the contract's arithmetic asks, whoever calls.
 class FloatMode {
  public:
@@ -156,22 +154,16 @@ bool Executor::walk(size_t first, size_t last, const std::function<bool()>& poll
   pool_.run([&](int thread) {
     const FloatMode mode;
     if (log_ && thread > 0) log_->mark(thread, first, Phase::kStart);
-    auto polled = std::chrono::steady_clock::now();
+    Interrupts interrupts(poll);
     for (size_t i = first; i < last; i++) {
       if (std::holds_alternative<DeviceStep>(program_.steps[i])) {
         const size_t end = end_on_device(i, last);
-        if (thread == 0) run_on_device(i, end, poll);
+        if (thread == 0) run_on_device(i, end, interrupts);
         i = end - 1;
       } else if (std::visit([&](const auto& step) { return run_step(step, i, thread); }, program_.steps[i])) {
         break;
       }
-      if (thread == 0 && poll) {
-        const auto now = std::chrono::steady_clock::now();
-        if (now - polled >= kPollInterval) {
-          polled = now;
-          if (poll()) stop_.store(true, std::memory_order_relaxed);
-        }
-      }
+      if (thread == 0 && interrupts.stops()) stop_.store(true, std::memory_order_relaxed);
       if (barrier(i, thread, Phase::kWork)) break;
     }
   });

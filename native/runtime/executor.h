@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -53,6 +54,22 @@ struct ExpertGroups {
 
 struct Range {
   int first, last;
+};
+
+// Asks `poll` whether to stop, at most every 20 ms.
+class Interrupts {
+ public:
+  explicit Interrupts(const std::function<bool()>& poll) : poll_(poll) {}
+  bool stops() {
+    const auto now = std::chrono::steady_clock::now();
+    if (!poll_ || now - asked_ < std::chrono::milliseconds(20)) return false;
+    asked_ = now;
+    return poll_();
+  }
+
+ private:
+  const std::function<bool()>& poll_;
+  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
 };
 
 class Executor {
@@ -147,7 +164,7 @@ class Executor {
 
   void fetch(const Stop& stop);
   size_t end_on_device(size_t first, size_t last) const;
-  void run_on_device(size_t first, size_t end, const std::function<bool()>& poll);
+  void run_on_device(size_t first, size_t end, Interrupts& interrupts);
   // Each gives true when the run was stopped at a barrier inside.
   bool run_step(const EmbedStep& step, size_t index, int thread);
   bool run_step(const EmbedPositionsStep& step, size_t index, int thread);

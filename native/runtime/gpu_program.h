@@ -46,7 +46,7 @@ struct GpuPages {
 struct GpuChoice {
   int kernel, lanes;
   GpuBuffer out;
-  int row_words;
+  int row_words, most_kept;
 };
 
 class GpuProgram {
@@ -79,7 +79,8 @@ class GpuProgram {
 
   void set_choice(GpuChoice choice) { choice_ = choice; }
   int shortlist_words() const { return choice_.row_words; }  // of a row; 0: there are none
-  void choose(int num_rows, uint32_t* out);                  // waits
+  int most_kept() const { return choice_.most_kept; }
+  void choose(int num_rows, uint32_t* out);  // waits
 
   // The layers of a state group that are here, slot after slot.
   void read_page(int state, int page, size_t page_bytes, uint8_t* to);

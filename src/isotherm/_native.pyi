@@ -59,7 +59,6 @@ class GpuFacts:
     has_double: bool
     memory_bytes: int
     largest_buffer_bytes: int
-    local_bytes: int
     num_units: int
     max_lanes: int
     lacks: str
@@ -97,7 +96,7 @@ class GpuProgram:
     def __init__(self, device: GpuDevice, batch: GpuBuffer, head: GpuBuffer, num_states: int, /) -> None: ...
     def rope(self, table: NDArray[np.float32], /) -> None: ...
     def pages(self, state: int, buffer: GpuBuffer, /) -> None: ...
-    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, /) -> None: ...
+    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, most_kept: int, /) -> None: ...
     def step(
         self,
         launches: list[tuple[int, int, int, int, int, int, int]],

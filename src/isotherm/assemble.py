@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from isotherm.backends.cpu.backend import CpuBackend
@@ -18,7 +17,7 @@ from isotherm.backends.cpu.packing import (
     token_bytes,
     token_ops,
 )
-from isotherm.backends.gpu.choice import AUTO, CPU, choose_device
+from isotherm.backends.gpu.choice import AUTO, choose_device
 from isotherm.backends.gpu.compiler import GpuCompiler
 from isotherm.backends.gpu.device import KernelCache, OpenGpu
 from isotherm.backends.gpu.placement import compile_placed, cpu_part, room_of
@@ -53,21 +52,20 @@ def load(name_or_path: str | Path, options: LoadOptions, reporter: FetchReporter
     reporter = reporter or SilentReporter()
     started = time.perf_counter()
     path = resolve(str(name_or_path), reporter, offline=options.offline)
-    if options.device == AUTO and (options.backend == "reference" or choose_device(AUTO) is None):
-        options = replace(options, device=CPU)
+    device = None if options.backend == "reference" else choose_device(options.device)
 
-    def assemble(chosen: LoadOptions) -> TextGenerator:
+    def assemble(device: int | None) -> TextGenerator:
         checkpoint = open_checkpoint(path, reporter.notice)
-        return _Assembly(checkpoint, chosen, reporter).build(str(name_or_path), started)
+        return _Assembly(checkpoint, options, reporter, device).build(str(name_or_path), started)
 
     with _collector_off():
         try:
-            return assemble(options)
+            return assemble(device)
         except (DeviceFailed, InsufficientMemory) as error:
-            if options.device != AUTO:
+            if device is None or options.device != AUTO:
                 raise
             reporter.notice(f"the CPU computes all: {error}")
-        return assemble(replace(options, device=CPU))
+        return assemble(None)
 
 
 @contextmanager
@@ -85,7 +83,10 @@ def _collector_off() -> Iterator[None]:
 class _Assembly:
     """One model on its way from Checkpoint to TextGenerator."""
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, reporter: FetchReporter) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: LoadOptions, reporter: FetchReporter, device: int | None
+    ) -> None:
+        """device: the number of the GPU that helps; None: none."""
         self._checkpoint = checkpoint
         self._options = options
         self._reporter = reporter
@@ -95,7 +96,6 @@ class _Assembly:
         self._isa = choose_isa()
         self._part: GpuCompiler | None = None
         self._num_threads = options.threads or physical_cores()
-        device = choose_device(options.device)
         self._gpu = None if device is None else self._open_gpu(device)
         least_layers = 1 if options.device == AUTO else 0
         self._room = room_of(self._gpu, options.vram_bytes, least_layers) if self._gpu else None

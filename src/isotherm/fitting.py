@@ -53,6 +53,7 @@ class Fitting:
         self._options = options
         self._num_threads = num_threads
         self._room = room
+        self._placed: dict[int, Placement | None] = {}  # by context
         self._lowered: dict[tuple[int | None, bool], tuple[Program, tuple[EntrySpec, ...]]] = {}
 
     def fit(self, notify: Callable[[str], None]) -> Fit:
@@ -95,12 +96,16 @@ class Fitting:
     def _try(self, context_tokens: int, *, is_sparse: bool) -> Fit:
         """As it would run with this context."""
         limits = self._limits(context_tokens)
-        placement = None
-        if self._room is not None:
-            dense, specs = self._lower(None, is_sparse=False)
-            placement = place(dense, {spec.name: spec for spec in specs}.__getitem__, limits, self._room)
+        placement = self._place(limits)
         program, specs = self._lower(placement.first_layer if placement else None, is_sparse=is_sparse)
         return Fit(context_tokens, program, specs, limits, placement, self._forecast(program, placement, limits))
+
+    def _place(self, limits: CpuLimits) -> Placement | None:
+        tokens = limits.context_tokens
+        if self._room is not None and tokens not in self._placed:
+            dense, specs = self._lower(None, is_sparse=False)
+            self._placed[tokens] = place(dense, {spec.name: spec for spec in specs}.__getitem__, limits, self._room)
+        return self._placed.get(tokens)
 
     def _lower(self, first_placed: int | None, *, is_sparse: bool) -> tuple[Program, tuple[EntrySpec, ...]]:
         """The lowered Program and its packed weights; by neuron only what the CPU computes."""

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from on_gpu import open_gpu
 from sketch import F32
 
-from isotherm.backends.cpu.backend import read_shortlist
 from isotherm.backends.gpu.device import OpenGpu
 from isotherm.backends.gpu.sources import ROW_LANES, choice_source
-from isotherm.backends.gpu.storage import MOST_KEPT, SHORTLIST_WORDS
+from isotherm.backends.gpu.storage import MOST_KEPT, SHORTLIST_WORDS, read_shortlist
 from isotherm.engine.sampling import Sampler
 from isotherm.program.backend import Shortlist
 from isotherm.types import SamplingParams

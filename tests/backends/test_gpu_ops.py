@@ -3,6 +3,9 @@
 Those marked slow are all types and shapes that the CPU's kernels are tested with.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import test_attention
@@ -18,8 +21,13 @@ from isotherm.types import Activation, KvType, QuantType
 
 ROWS = (1, 2, 3, 4, 7, 8, 9, 70)  # each kernel full, with a rest, and more than one group of rows
 MOST = ROWS[-1]
-TYPES = ("F16", "Q4_0", "Q4_K", "Q6_K")  # floats, and the usual ways to keep scales
-OTHERS = tuple(t for t in QuantType if t.value not in TYPES)
+TYPES = (QuantType.F16, QuantType.Q4_0, QuantType.Q4_K, QuantType.Q6_K)  # floats, and the usual ways to keep scales
+
+
+def with_slow(quick: Sequence[Any], all_of_them: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: what is not among the quick ones is a slow test."""
+    others = [pytest.param(case, marks=pytest.mark.slow) for case in all_of_them if case not in quick]
+    return [*quick, *others]
 
 
 def assert_equal_on_gpu(finished: Finished, most: int = MOST, tiling: Tiling | None = None) -> None:
@@ -58,14 +66,8 @@ def layer_like(quant_type: QuantType, columns: int) -> Finished:
     return sketch.finish(sketch.join((*(p.out for p in projections), extreme, out)))
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_weights_of_each_kind(name: str) -> None:
-    assert_equal_on_gpu(layer_like(QuantType(name), 256))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quant_type", OTHERS)
-def test_weights_of_the_other_types(quant_type: QuantType) -> None:
+@pytest.mark.parametrize("quant_type", with_slow(TYPES, QuantType))
+def test_weights_of_each_type(quant_type: QuantType) -> None:
     assert_equal_on_gpu(layer_like(quant_type, 256))
 
 
@@ -83,13 +85,8 @@ def test_columns_that_fill_no_chunk(columns: int) -> None:
         assert_equal_on_gpu(sketch.finish(y), 9)
 
 
-SLOW = pytest.mark.slow  # where the quick ones of a kind say enough
-
-
 @pytest.mark.parametrize(
-    "activation",
-    [Activation.SILU, Activation.GELU_TANH, Activation.DRELU]
-    + [pytest.param(a, marks=SLOW) for a in (Activation.RELU, Activation.RELU_SQUARED, None)],
+    "activation", with_slow((Activation.SILU, Activation.GELU_TANH, Activation.DRELU), (*Activation, None))
 )
 def test_activations(activation: Activation | None) -> None:
     sketch = Sketch()
@@ -155,7 +152,7 @@ def test_what_is_no_number_shows_in_its_row_alone() -> None:
     assert np.isfinite(np.delete(expected, [1, 4, 11], axis=0)).all()
 
 
-@pytest.mark.parametrize("tiling", [Tiling(16, 8, 4, 4), pytest.param(Tiling(8, 16, 16, 16), marks=SLOW)], ids=str)
+@pytest.mark.parametrize("tiling", with_slow((Tiling(16, 8, 4, 4),), (Tiling(8, 16, 16, 16),)), ids=str)
 def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
     assert_equal_on_gpu(layer_like(QuantType.Q4_0, 256), tiling=tiling)
 
@@ -169,18 +166,8 @@ CASES = [
 LONG_CASES = [test_attention.Case(3, 3, 48, 16, window=513, kv_type=KvType.Q8_0)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", with_slow(CASES, test_attention.CASES), ids=str)
 def test_attention_of_batches(case: test_attention.Case) -> None:
-    check_batches(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", test_attention.CASES, ids=str)
-def test_attention_of_all_shapes(case: test_attention.Case) -> None:
-    check_batches(case)
-
-
-def check_batches(case: test_attention.Case) -> None:
     finished = test_attention.attention(case, 64)
     compiled, reference = compile_sketch(finished, (6,)), finished.compile_reference((6,))
     for number, batch in enumerate(test_attention.growing_batches()):
@@ -190,18 +177,8 @@ def check_batches(case: test_attention.Case) -> None:
         assert_equal(compiled.logits(0, count), reference.logits(0, count), f"step {number}")
 
 
-@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize("case", with_slow(LONG_CASES, test_attention.LONG_CASES), ids=str)
 def test_attention_over_several_blocks(case: test_attention.Case) -> None:
-    check_long(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", test_attention.LONG_CASES, ids=str)
-def test_attention_over_several_blocks_of_all_shapes(case: test_attention.Case) -> None:
-    check_long(case)
-
-
-def check_long(case: test_attention.Case) -> None:
     """By one prefill, and by few tokens at the borders of blocks; freed pages are never read."""
     length = test_attention.LONG
     finished = test_attention.attention(case, length)

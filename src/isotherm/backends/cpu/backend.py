@@ -31,7 +31,6 @@ T = TypeVar("T")
 
 _NOTHING = np.empty(0, np.uint8)
 _ROPE_STEP = 1024  # positions of the rope tables that are filled at once
-_SHORTLIST_HEADER = 8  # words
 HEAD_DIM_MULTIPLE = 16  # lanes of a vector
 _PAGE_LAYOUT = "cpu 1"  # layer after layer, head after head, each as native/kernels/table.h has it
 
@@ -61,9 +60,11 @@ class DevicePart(Protocol):
     def most_kept(self) -> int:
         """See CompiledProgram.most_kept."""
 
-    @property
-    def shortlist_words(self) -> int:
-        """Words of a row's shortlist, as kernels/choice.cl of the GPU writes it."""
+    def shortlist_words(self, num_rows: int) -> NDArray[np.uint32]:
+        """Where its shortlists of so many rows go, [rows, words]."""
+
+    def shortlist(self, words: NDArray[np.uint32]) -> Shortlist:
+        """What it wrote there of one row."""
 
     def num_layers(self, state: int) -> int:
         """Layers of a state group whose pages it keeps: those with the last slots."""
@@ -151,10 +152,10 @@ class CompiledCpu:
         assert self._device is not None, "the CPU's logits are read as they are"
         if self._walks is not None:
             self._walks.append(Walk(len(kept), ()))
-        words = np.empty((len(kept), self._device.shortlist_words), np.uint32)
+        words = self._device.shortlist_words(len(kept))
         finished = self._executor.shortlist(first, np.array(kept, np.int32), words)
         assert finished, "stopped, though nothing was raised"
-        return [read_shortlist(row) for row in words]
+        return [self._device.shortlist(row) for row in words]
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
@@ -200,14 +201,6 @@ class CompiledCpu:
             assert end <= stop, f"position {end - 1} lies past the context"
             table[start:stop] = rope_table(rope, start, stop)
             self._num_positions = stop
-
-
-def read_shortlist(words: NDArray[np.uint32]) -> Shortlist:
-    """As kernels/choice.cl of the GPU writes it."""
-    is_unsound, count, most = bool(words[0]), int(words[1]), (len(words) - _SHORTLIST_HEADER) // 2
-    ids, logits = words[_SHORTLIST_HEADER:].reshape(2, most)[:, :count]
-    peak, total = float(words[2:3].view(np.float32)[0]), float(words[4:6].view(np.float64)[0])
-    return Shortlist(not is_unsound, peak, total, ids.view(np.int32), logits.view(np.float32))
 
 
 class _Compiler:

@@ -23,8 +23,17 @@ from isotherm.backends.gpu.sources import (
     group_heads,
     matmul_source,
 )
-from isotherm.backends.gpu.storage import BLOCK_COLUMNS, MOST_KEPT, SHORTLIST_WORDS, Storage, Weights, panel_rows
+from isotherm.backends.gpu.storage import (
+    BLOCK_COLUMNS,
+    MOST_KEPT,
+    SHORTLIST_WORDS,
+    Storage,
+    Weights,
+    panel_rows,
+    read_shortlist,
+)
 from isotherm.program import flow, ops
+from isotherm.program.backend import Shortlist
 from isotherm.program.ops import NormWeights, Value
 from isotherm.program.recorder import Program
 from isotherm.quantization.p32 import PANEL_ROWS, padded_columns
@@ -114,9 +123,11 @@ class GpuCompiler:
         """How many layers of a state group are here; they have its last slots."""
         return sum(group == state for group, _ in self._storage.pages)
 
-    @property
-    def shortlist_words(self) -> int:
-        return SHORTLIST_WORDS
+    def shortlist_words(self, num_rows: int) -> NDArray[np.uint32]:
+        return np.empty((num_rows, SHORTLIST_WORDS), np.uint32)
+
+    def shortlist(self, words: NDArray[np.uint32]) -> Shortlist:
+        return read_shortlist(words)
 
     def takes(self, index: int) -> bool:
         return index in self._placed
@@ -168,8 +179,9 @@ class GpuCompiler:
     def _add_choice(self, logits: GpuBuffer) -> None:
         out, storage = self._storage.shortlists, self._storage
         arguments: list[Argument] = [logits, storage.head, out, self._program.logits.width, MOST_KEPT]
-        self.program.choice(self._kernel(choice_source(), "shortlist", arguments), ROW_LANES, out, SHORTLIST_WORDS)
+        kernel = self._kernel(choice_source(), "shortlist", arguments)
         self.most_kept = min(MOST_KEPT, self._program.logits.width)
+        self.program.choice(kernel, ROW_LANES, out, SHORTLIST_WORDS, self.most_kept)
 
     def _launch(self, source: Source, name: str, *arguments: Argument) -> _Launch:
         """Of a kernel whose groups are rows."""
@@ -198,15 +210,8 @@ class GpuCompiler:
             elementwise_source(),
             "quantise_normed" if norm else "quantise",
             *(place.buffer, place.offset, place.stride, x.width, padded_columns(x.width) // BLOCK_COLUMNS),
-            int(keeps_values),
-            *(
-                weight,
-                norm.eps if norm else 0.0,
-                self._storage.codes,
-                self._storage.scales,
-                self._storage.sums,
-                self._storage.values,
-            ),
+            *(int(keeps_values), weight, norm.eps if norm else 0.0),
+            *(self._storage.codes, self._storage.scales, self._storage.sums, self._storage.values),
         )
 
     def _linear(self, op: ops.QuantLinear) -> Iterator[_Launch]:

@@ -24,7 +24,7 @@ _SUFFIX = ".kernel"
 
 
 class KernelCache:
-    """Compiled kernels in a folder, by source, options, device and driver; nothing is kept where it cannot be."""
+    """Compiled kernels, and what else was found out about a device, in a folder by key; nothing where it cannot be."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -41,10 +41,14 @@ class KernelCache:
     def write(self, key: str, binary: bytes) -> None:
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(binary).digest() + binary)
-            Path(name).replace(self._folder / (key + _SUFFIX))
+            handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=self._folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(binary).digest() + binary)
+                os.replace(name, self._folder / (key + _SUFFIX))
+            except BaseException:
+                os.unlink(name)
+                raise
 
 
 class Gpu(Protocol):
@@ -70,7 +74,7 @@ class ProgramSteps(Protocol):
 
     def pages(self, state: int, buffer: GpuBuffer) -> None: ...
 
-    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, /) -> None: ...
+    def choice(self, kernel: int, lanes: int, out: GpuBuffer, row_words: int, most_kept: int, /) -> None: ...
 
     def step(
         self,

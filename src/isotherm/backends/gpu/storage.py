@@ -13,6 +13,7 @@ from isotherm.backends.cpu.packing import pair_name
 from isotherm.backends.gpu.device import Gpu, GpuBuffer, RowsTuple
 from isotherm.backends.gpu.sources import MOST_FEW_ROWS
 from isotherm.program import ops
+from isotherm.program.backend import Shortlist
 from isotherm.program.ops import Projection, Value
 from isotherm.program.recorder import PAGE_TOKENS, Program
 from isotherm.quantization.p32 import PANEL_ROWS, padded_columns
@@ -21,7 +22,8 @@ from isotherm.types import Rope
 
 BLOCK_COLUMNS = 32
 MOST_KEPT = 256  # of a row's logits, in a shortlist
-SHORTLIST_WORDS = 8 + 2 * MOST_KEPT
+_SHORTLIST_HEADER = 8  # words; as in choice.cl
+SHORTLIST_WORDS = _SHORTLIST_HEADER + 2 * MOST_KEPT
 _ATTENTION_BLOCK = 512
 
 
@@ -150,6 +152,14 @@ class Storage:
 def panel_rows(num_rows: int) -> int:
     """Rows of whole panels."""
     return -(-num_rows // PANEL_ROWS) * PANEL_ROWS
+
+
+def read_shortlist(words: NDArray[np.uint32]) -> Shortlist:
+    """One row's [SHORTLIST_WORDS], as choice.cl writes it."""
+    is_unsound, count = bool(words[0]), int(words[1])
+    ids, logits = words[_SHORTLIST_HEADER:].reshape(2, MOST_KEPT)[:, :count]
+    peak, total = float(words[2:3].view(np.float32)[0]), float(words[4:6].view(np.float64)[0])
+    return Shortlist(not is_unsound, peak, total, ids.view(np.int32), logits.view(np.float32))
 
 
 def _matrix_names(placed: list[ops.Op]) -> Iterator[str]:

@@ -157,7 +157,6 @@ INLINE float weigh_block(GLOBAL const u8* pages, GLOBAL const int* batch, int to
 #define ATTEND_PARAMETERS                                                                                            \
   GLOBAL const float *q, int q_offset, int q_stride, GLOBAL const u8 *pages, GLOBAL const int *batch, int state,       \
       float scale, int window, GLOBAL float *out, int out_stride, GLOBAL float *partials, int num_blocks
-#define HEAD_GROUPS (NUM_HEADS / GROUP_HEADS)  // groups of one token
 #define ITEMS ((GROUP_HEADS * HEAD_DIM + LANES - 1) / LANES)
 
 INLINE void load_queries(LOCAL float* shared, GLOBAL const float* q, int q_offset, int q_stride) {

@@ -4,18 +4,26 @@
 //
 // Arguments: weight; the input's codes, scales and sums of 16 codes, by row; `batch`, for the number of rows.
 
+INLINE GLOBAL const u8* panel_at(GLOBAL const u8* weight, int num_blocks, int panel) {
+  const int last = num_blocks % 8, chunks = num_blocks / 8;
+  const size_t bytes = (size_t)chunks * (tile_bytes_a(8) + tile_bytes_b(8)) + tile_bytes_a(last) + tile_bytes_b(last);
+  return weight + (size_t)panel * bytes;
+}
+
+// Tile A of a chunk of 256 columns, or tile B behind it.
+INLINE GLOBAL const u8* tile_at(GLOBAL const u8* panel, int num_blocks, int chunk, int is_second) {
+  const int blocks = min(num_blocks - 8 * chunk, 8);
+  return panel + (size_t)chunk * (tile_bytes_a(8) + tile_bytes_b(8)) + (is_second ? tile_bytes_a(blocks) : 0);
+}
+
 // Block b of the lane's row in a panel.
 INLINE void read_block(GLOBAL const u8* panel, int num_blocks, int b, int lane, Block* block) {
-  const int chunk = b / 8, blocks = num_blocks - 8 * chunk, tile_blocks = blocks < 8 ? blocks : 8, row = lane % 16;
-  const int in_chunk = b % 8;
-  GLOBAL const u8* tile = panel + (size_t)chunk * (tile_bytes_a(8) + tile_bytes_b(8));
-  if (lane < 16 || IS_ONE_TYPE) {
-    if (lane >= 16) tile += tile_bytes_a(tile_blocks);
+  const int in_chunk = b % 8, row = lane % 16;
+  GLOBAL const u8* tile = tile_at(panel, num_blocks, b / 8, lane >= 16);
+  if (lane < 16 || IS_ONE_TYPE)
     read_a(tile + in_chunk / UNIT_BLOCKS_A * UNIT_BYTES_A, row, in_chunk % UNIT_BLOCKS_A, block);
-  } else {
-    tile += tile_bytes_a(tile_blocks);
+  else
     read_b(tile + in_chunk / UNIT_BLOCKS_B * UNIT_BYTES_B, row, in_chunk % UNIT_BLOCKS_B, block);
-  }
 }
 
 // Times the block at `at` of all rows' blocks, which every lane of the slice reads.
@@ -26,12 +34,6 @@ INLINE float dot_block(const Block* block, int lane, GLOBAL const uint* codes, G
   return lane < 16 || IS_ONE_TYPE ? dot_a(block, x, first, second) : dot_b(block, x, first, second);
 }
 
-INLINE GLOBAL const u8* panel_at(GLOBAL const u8* weight, int num_blocks) {
-  const int last = num_blocks % 8, chunks = num_blocks / 8;
-  const size_t panel_bytes = (size_t)chunks * (tile_bytes_a(8) + tile_bytes_b(8)) + tile_bytes_a(last) + tile_bytes_b(last);
-  return weight + (size_t)GROUP(0) * panel_bytes;
-}
-
 // Slices of a kernel for so many rows: what they give of a round fits 8 KB of local memory.
 #define SLICES_OF(tokens) (FEW_SLICES * (tokens) <= 64 ? FEW_SLICES : 64 / (tokens))
 
@@ -40,7 +42,7 @@ INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const u
                          GLOBAL const int* sums, GLOBAL const int* batch, LOCAL float* parts, const int tokens,
                          const int slices, FINISH_PARAMETERS) {
   const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch), first_row = GROUP(1) * tokens;
-  GLOBAL const u8* panel = panel_at(weight, num_blocks);
+  GLOBAL const u8* panel = panel_at(weight, num_blocks, GROUP(0));
   const int my_row = min(first_row + slice, rows - 1);
   float total = 0.0f;
   int turn = 0;  // parts are written in one half while the other is read
@@ -107,7 +109,7 @@ KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
   LOCAL float exchange[MANY_SLICES * 32];
   const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch);
   const int first_row = (GROUP(1) * MANY_SLICES + slice) * MANY_TOKENS;
-  GLOBAL const u8* panel = panel_at(weight, num_blocks);
+  GLOBAL const u8* panel = panel_at(weight, num_blocks, GROUP(0));
   float totals[MANY_TOKENS];
   for (int t = 0; t < MANY_TOKENS; t++) totals[t] = 0.0f;
   for (int first = 0; first < num_blocks; first += MANY_SLICES) {
@@ -136,11 +138,10 @@ KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
 KERNEL(LANES) void embed(GLOBAL const u8* weight, int num_blocks, GLOBAL const int* batch, GLOBAL float* out, int width,
                   int stride, float factor) {
   const int id = TOKEN_ID(batch, GROUP(1)), tile_row = id % 32;
-  const int last = num_blocks % 8, chunks = num_blocks / 8;
-  GLOBAL const u8* panel = weight + (size_t)(id / 32) * 2 * ((size_t)chunks * tile_bytes_a(8) + tile_bytes_a(last));
+  GLOBAL const u8* panel = panel_at(weight, num_blocks, id / 32);
   for (int column = LANE; column < width; column += LANES) {
-    const int chunk = column / 256, blocks = min(num_blocks - 8 * chunk, 8), b = column / 32 % 8;
-    GLOBAL const u8* tile = panel + (size_t)chunk * 2 * tile_bytes_a(8) + tile_row / 16 * tile_bytes_a(blocks);
+    const int b = column / 32 % 8;
+    GLOBAL const u8* tile = tile_at(panel, num_blocks, column / 256, tile_row / 16);
     const float x = weight_a(tile + b / UNIT_BLOCKS_A * UNIT_BYTES_A, tile_row % 16, b % UNIT_BLOCKS_A, column % 32);
     out[(size_t)GROUP(1) * stride + column] = x * factor;
   }
