@@ -41,7 +41,7 @@ def run_tests() -> dict[str, Any]:
     folder = Path(__file__).parents[1] / "tests" / "backends"
     driver = os.environ.get("ISOTHERM_OPENCL") or _LOADERS[0]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", *(str(folder / name) for name in _GPU_TESTS)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ISOTHERM_TEST_OPENCL": driver})
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ISOTHERM_TEST_GPU": driver})
     print(run.stdout[-2000:])
     return {"passed": run.returncode == 0, "summary": run.stdout.strip().splitlines()[-1]}
 

@@ -7,7 +7,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from pocl import open_pocl
+from gpu_drivers import build_driver, open_driver
 from tiny_models import write_tiny
 
 import isotherm
@@ -23,8 +23,8 @@ import sys
 import weakref
 sys.path.insert(0, sys.argv[3])
 if sys.argv[4] == "pocl":
-    from pocl import open_pocl
-    assert not open_pocl(), open_pocl()
+    from gpu_drivers import open_driver
+    assert not open_driver(), open_driver()
 import isotherm
 import isotherm.assemble
 if sys.argv[5] == "trusted":  # without a trial of what it computes
@@ -51,10 +51,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver of tests/native/fake_opencl.cpp."""
-    library = tmp_path_factory.mktemp("fake") / "libfake.so"
-    source = Path(__file__).parent / "native" / "fake_opencl.cpp"
-    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", "-O1", source, "-o", library], check=True, timeout=120)
-    return library
+    return build_driver("fake_opencl", tmp_path_factory.mktemp("fake"))
 
 
 def child(model: Path, device: str, driver: str | Path, trust: str = "trusted", **environment: str) -> str:
@@ -70,7 +67,7 @@ def child(model: Path, device: str, driver: str | Path, trust: str = "trusted", 
 @pytest.fixture
 def pocl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
 
 
@@ -217,7 +214,7 @@ def test_auto_takes_a_gpu_with_memory_of_its_own(tiny: Path, fake: Path) -> None
 
 
 def test_two_devices_give_one_answer(tiny: Path) -> None:
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
     environment = {"POCL_DEVICES": "pthread basic"}
     said = [child(tiny, device, "pocl", **environment) for device in ("cpu", "gpu:0", "gpu:1")]
