@@ -1,5 +1,5 @@
-"""Drivers that run GPU kernels for real on the CPU: PoCL, an OpenCL driver from the wheels of the test extra, and a CUDA
-of our own (native/fake_cuda.cpp).
+"""Drivers that run GPU kernels for real on the CPU: PoCL, an OpenCL driver from the wheels of the test extra, and a
+fake of CUDA (native/fake_cuda.cpp).
 
 `open_driver` is called before anything asks for devices, in each process.
 """

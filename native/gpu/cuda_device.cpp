@@ -44,7 +44,7 @@ GpuFacts facts_of(const cuda::Calls& cu, cuda::Device device) {
     compiler->Version(&major, &minor);
     facts.driver += ", NVRTC " + std::to_string(major) + "." + std::to_string(minor);
   } else {
-    facts.lacks = "NVRTC, CUDA's compiler (pip install nvidia-cuda-nvrtc)";
+    facts.lacks = "NVRTC, CUDA's compiler (pip install isotherm[cuda])";
   }
   return facts;
 }

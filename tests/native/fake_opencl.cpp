@@ -1,6 +1,7 @@
 // An OpenCL driver that computes nothing, and fails where the environment says so:
 //
 //   FAKE_FAIL      see failing.h
+//   FAKE_NAME      of its device
 //   FAKE_LACKS=1   its device has no fused multiply-add
 //   FAKE_ABORT=1   it ends the process where it is loaded
 #include "failing.h"
@@ -60,7 +61,7 @@ int32_t clGetDeviceInfo(void*, Word what, size_t room, void* to, size_t* real) {
     case 0x1035:
       return answer(&none, sizeof none, room, to, real);
     case 0x102B:
-      return text("Fake GPU", room, to, real);
+      return text(std::getenv("FAKE_NAME") ? std::getenv("FAKE_NAME") : "Fake GPU", room, to, real);
     case 0x102C:
     case 0x102D:
     case 0x1030:
