@@ -143,9 +143,10 @@ def test_a_driver_without_its_compiler(tiny: Path, fake: dict[str, str]) -> None
     assert "DeviceNotFound" in said
     assert "Fake CUDA, which lacks NVRTC, CUDA's compiler (pip install isotherm[cuda])" in said
     assert "answer:" in child(tiny, "auto", environment)
-    assert "ISOTHERM_NVRTC names /nowhere, which cannot be opened" in child(
-        tiny, "gpu", fake | {"ISOTHERM_NVRTC": "/nowhere"}
-    )
+    said = child(tiny, "gpu", fake | {"ISOTHERM_NVRTC": "/nowhere"})
+    assert "ISOTHERM_NVRTC names /nowhere, which cannot be opened" in said
+    said = child(tiny, "gpu", fake | {"FAKE_VERSION": "12080"})
+    assert "Fake CUDA, which lacks a driver as new as its compiler, NVRTC 13.0" in said
 
 
 def test_a_gpu_of_both_drivers_is_opencls(tiny: Path, fake: dict[str, str], tmp_path: Path) -> None:

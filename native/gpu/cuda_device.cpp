@@ -42,7 +42,9 @@ GpuFacts facts_of(const cuda::Calls& cu, cuda::Device device) {
   facts.max_lanes = number(cuda::kMaxLanes);
   if (const cuda::Compiler* compiler = cuda::compiler()) {
     compiler->Version(&major, &minor);
-    facts.driver += ", NVRTC " + std::to_string(major) + "." + std::to_string(minor);
+    const std::string text = "NVRTC " + std::to_string(major) + "." + std::to_string(minor);
+    facts.driver += ", " + text;
+    if (major > version / 1000) facts.lacks = "a driver as new as its compiler, " + text;
   } else {
     facts.lacks = "NVRTC, CUDA's compiler (pip install isotherm[cuda])";
   }

@@ -1,6 +1,7 @@
 // A device of NVIDIA's, by CUDA. Launches are gathered until something else is asked for: a run of them that comes a
 // second time is a graph from then on, which costs one call.
 #pragma once
+#include <compare>
 #include <map>
 
 #include "cuda.h"
@@ -47,7 +48,7 @@ class CudaDevice final : public GpuDevice {
     int kernel;
     std::array<cuda::Uint, 3> groups;
     cuda::Uint lanes;
-    auto operator<=>(const Launch&) const = default;
+    std::strong_ordering operator<=>(const Launch&) const = default;
   };
   using Run = std::vector<Launch>;
   static constexpr size_t kNumStaged = 4;  // writes under way

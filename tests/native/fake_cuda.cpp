@@ -1,6 +1,7 @@
 // CUDA's driver and NVRTC in one library, whose device is the CPU: kernels are compiled by the host's compiler, and the
 // lanes of a group are fibers that a barrier switches. Strict where the true ones are: a thread without a context,
-// bytes out of bounds, a call that no capture allows. Memory is full of noise at first. FAKE_FAIL: see failing.h.
+// bytes out of bounds, a call that no capture allows. Memory is full of noise at first. FAKE_FAIL: see
+// failing.h; FAKE_VERSION: the driver's, 13000 by default.
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -249,7 +250,10 @@ int fake_num_graphs() { return num_graphs; }
 uint64_t fake_allocated_bytes() { return allocated_bytes; }
 
 int cuInit(unsigned) { return status_of("Init"); }
-int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
+int cuDriverGetVersion(int* version) {
+  const char* wanted = std::getenv("FAKE_VERSION");
+  return *version = wanted ? std::atoi(wanted) : 13000, 0;
+}
 int cuGetErrorName(int, const char** name) { return *name = "CUDA_ERROR_FAKE", 0; }
 int cuDeviceGetCount(int* count) { return *count = 1, status_of("DeviceGetCount"); }
 int cuDeviceGet(int* device, int) { return *device = 0, status_of("DeviceGet"); }
