@@ -250,14 +250,7 @@ cuda::GraphExec CudaDevice::record(const Run& run) {
 
 void CudaDevice::submit() {
   enter();
-  if (gathered_.empty()) return;
-  const Run run = std::exchange(gathered_, {});  // also where one of them fails
-  if (run.size() < kLeastGraph) return enqueue(run);
-  if (graphs_.size() >= kMostGraphs && !graphs_.contains(run)) forget_graphs();
-  const auto [found, is_new] = graphs_.try_emplace(run, nullptr);
-  if (is_new) return enqueue(run);
-  if (!found->second) found->second = record(run);
-  check(cu_.GraphLaunch(found->second, stream_), "GraphLaunch");
+  enqueue(std::exchange(gathered_, {}));  // forgotten also where one of them fails
 }
 
 void CudaDevice::forget_graphs() {
@@ -267,7 +260,16 @@ void CudaDevice::forget_graphs() {
   graphs_.clear();
 }
 
-void CudaDevice::flush() { submit(); }
+void CudaDevice::flush() {
+  if (gathered_.size() < kLeastGraph) return submit();
+  enter();
+  const Run run = std::exchange(gathered_, {});
+  if (graphs_.size() >= kMostGraphs && !graphs_.contains(run)) forget_graphs();
+  const auto [found, is_new] = graphs_.try_emplace(run, nullptr);
+  if (is_new) return enqueue(run);
+  if (!found->second) found->second = record(run);
+  check(cu_.GraphLaunch(found->second, stream_), "GraphLaunch");
+}
 
 void CudaDevice::finish() {
   submit();

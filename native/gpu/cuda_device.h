@@ -1,5 +1,5 @@
-// A device of NVIDIA's, by CUDA. Launches are gathered until something else is asked for: a run of them that comes a
-// second time is a graph from then on, which costs one call.
+// A device of NVIDIA's, by CUDA. Launches are gathered until something else is asked for. A run of them that is
+// flushed, so that nobody waits for it, and comes a second time is a graph from then on, which costs one call.
 #pragma once
 #include <compare>
 #include <map>
