@@ -24,8 +24,10 @@ _NATIVE = Path(__file__).parent / "native"
 
 @cache
 def open_driver() -> str:
-    """Why there is none, or nothing. ISOTHERM_TEST_GPU: fake-cuda; cuda, this machine's; or a library of OpenCL; unset:
-    PoCL."""
+    """Why there is none, or nothing.
+
+    ISOTHERM_TEST_GPU: fake-cuda; cuda, this machine's; a library of OpenCL; unset: PoCL.
+    """
     wanted = os.environ.get("ISOTHERM_TEST_GPU", "")
     if wanted == "cuda":
         os.environ["ISOTHERM_OPENCL"] = ""

@@ -8,13 +8,15 @@ namespace isotherm {
 std::vector<GpuFacts> list_gpus() {
   std::vector<GpuFacts> found;
   std::string missing;
-  for (const auto list : {list_opencl, list_cuda}) try {
+  for (const auto list : {list_opencl, list_cuda}) {
+    try {
       const std::vector<GpuFacts> more = list();
       found.insert(found.end(), more.begin(), more.end());
-    } catch (const GpuError& error) {
+    } catch (const GpuError& error) {  // the other may be there
       if (error.fault != GpuFault::kNoDriver) throw;
       missing += (missing.empty() ? "" : "; ") + std::string(error.what());
     }
+  }
   if (found.empty() && !missing.empty()) throw GpuError(GpuFault::kNoDriver, missing);
   return found;
 }
