@@ -24,6 +24,8 @@ from typing import Any
 from peers import RESULTS, commit
 
 import isotherm
+from isotherm._native import list_gpus
+from isotherm.backends.gpu.choice import choose_device
 from isotherm.backends.gpu.survey import measure as measure_gpu
 from isotherm.backends.gpu.survey import survey
 from isotherm.facts import GpuLimits
@@ -36,12 +38,12 @@ _GPU_TESTS = ("test_gpu_ops.py", "test_gpu_models.py", "test_gpu_placement.py")
 _LOADERS = ("libOpenCL.so.1", "libOpenCL.so")
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(is_cuda: bool) -> dict[str, Any]:
     """The tests of GPU kernels on the driver that is used here, those of all types and shapes too."""
     folder = Path(__file__).parents[1] / "tests" / "backends"
-    driver = os.environ.get("ISOTHERM_OPENCL") or _LOADERS[0]
+    driver = "cuda" if is_cuda else os.environ.get("ISOTHERM_OPENCL") or _LOADERS[0]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", *(str(folder / name) for name in _GPU_TESTS)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ISOTHERM_TEST_OPENCL": driver})
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ISOTHERM_TEST_GPU": driver})
     print(run.stdout[-2000:])
     return {"passed": run.returncode == 0, "summary": run.stdout.strip().splitlines()[-1]}
 
@@ -86,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's tool, built for this GPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    tests = run_tests() if options.tests else None
+    chosen = choose_device(options.device)
+    assert chosen is not None, "no GPU"
+    tests = run_tests(bool(list_gpus()[chosen].architecture)) if options.tests else None
     context = max(options.prompt_tokens, _DEPTH + options.decode_tokens + 1, 256)
     load: dict[str, Any] = {"context_tokens": context, "parallel": 1}
     samples: dict[str, list[dict[str, float]]] = {}

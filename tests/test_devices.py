@@ -1,13 +1,12 @@
 """Devices through the public door: named, filled, missing, failing. A process has one driver: others are children's."""
 
-import os
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
-from pocl import open_pocl
+from gpu_child import run_child
+from gpu_drivers import build_driver, open_driver
 from tiny_models import write_tiny
 
 import isotherm
@@ -17,30 +16,6 @@ from isotherm.errors import InsufficientMemory, OptionError
 from isotherm.types import LoadOptions, QuantType, SamplingParams
 
 SIZES = {"num_layers": 3, "hidden_size": 64, "ffn_size": 96, "head_dim": 16, "tied_head": False}
-# What a child does: prints notices and the answer, or the error.
-CHILD = """
-import sys
-import weakref
-sys.path.insert(0, sys.argv[3])
-if sys.argv[4] == "pocl":
-    from pocl import open_pocl
-    assert not open_pocl(), open_pocl()
-import isotherm
-import isotherm.assemble
-if sys.argv[5] == "trusted":  # without a trial of what it computes
-    isotherm.assemble.check_answers = lambda *_: None
-from isotherm.errors import IsothermError
-from isotherm.formats.fetching import SilentReporter
-class Reporter(SilentReporter):
-    def notice(self, text):
-        print("notice:", text)
-try:
-    options = isotherm.LoadOptions(context_tokens=256, device=sys.argv[2], cache_bytes=0)
-    with isotherm.load(sys.argv[1], options=options, reporter=Reporter()) as model:
-        print("answer:", list(model.generate("the cat and the hat are in the house", max_tokens=8).token_ids))
-except IsothermError as error:
-    print(f"{type(error).__name__}: {error}")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +26,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver of tests/native/fake_opencl.cpp."""
-    library = tmp_path_factory.mktemp("fake") / "libfake.so"
-    source = Path(__file__).parent / "native" / "fake_opencl.cpp"
-    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", "-O1", source, "-o", library], check=True, timeout=120)
-    return library
+    return build_driver("fake_opencl", tmp_path_factory.mktemp("fake"))
 
 
 def child(model: Path, device: str, driver: str | Path, trust: str = "trusted", **environment: str) -> str:
-    """driver: a library, or "pocl"."""
-    kept = {"ISOTHERM_CACHE": str(model.parent)}
-    values = {**os.environ, **kept, **({} if driver == "pocl" else {"ISOTHERM_OPENCL": str(driver)}), **environment}
-    arguments = [sys.executable, "-c", CHILD, str(model), device, str(Path(__file__).parent), str(driver), trust]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=values)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    """driver: a library of OpenCL, or "pocl"."""
+    chosen = {} if driver == "pocl" else {"ISOTHERM_OPENCL": str(driver), "ISOTHERM_CUDA": ""}
+    return run_child(model, device, str(driver), trust, chosen | environment)
 
 
 @pytest.fixture
 def pocl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ISOTHERM_CACHE", str(tmp_path))
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
 
 
@@ -204,10 +172,10 @@ def test_auto_goes_on_without_a_gpu_that_fails(tiny: Path, fake: Path, failure: 
 
 
 def test_a_device_that_computes_wrong_answers_nobody(tiny: Path, fake: Path, tmp_path: Path) -> None:
-    said = child(tiny, "gpu", fake, trust="", ISOTHERM_CACHE=str(tmp_path))
+    said = child(tiny, "gpu", fake, trust="tuned", ISOTHERM_CACHE=str(tmp_path))
     assert "notice: trying gpu:0 (Fake GPU) against the CPU, once" in said
     assert "DeviceFailed: gpu:0 (Fake GPU) gives other numbers than the CPU" in said
-    said = child(tiny, "auto", fake, trust="", ISOTHERM_CACHE=str(tmp_path))
+    said = child(tiny, "auto", fake, trust="tuned", ISOTHERM_CACHE=str(tmp_path))
     assert "notice: the CPU computes all: gpu:0 (Fake GPU) gives other numbers" in said
     assert "answer:" in said
 
@@ -217,7 +185,7 @@ def test_auto_takes_a_gpu_with_memory_of_its_own(tiny: Path, fake: Path) -> None
 
 
 def test_two_devices_give_one_answer(tiny: Path) -> None:
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
     environment = {"POCL_DEVICES": "pthread basic"}
     said = [child(tiny, device, "pocl", **environment) for device in ("cpu", "gpu:0", "gpu:1")]

@@ -259,7 +259,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_variables_exist(page: Path) -> None:
     known = {setting.env_name for setting in SETTINGS.values()}
-    others = ("CACHE", "DEBUG", "ISA", "OPENCL", "TEST_OPENCL", "SHARED", "NAME")  # NAME stands for any
+    others = ("CACHE", "CUDA", "DEBUG", "ISA", "NVRTC", "OPENCL", "TEST_GPU", "SHARED", "NAME")  # NAME stands for any
     known |= {f"ISOTHERM_{name}" for name in others}
     assert set(re.findall(r"ISOTHERM_[A-Z_]*[A-Z]", page.read_text(encoding="utf-8"))) <= known
 

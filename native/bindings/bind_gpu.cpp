@@ -83,6 +83,7 @@ void bind_gpu(nb::module_& m) {
       .def_ro("name", &GpuFacts::name)
       .def_ro("vendor", &GpuFacts::vendor)
       .def_ro("driver", &GpuFacts::driver)
+      .def_ro("architecture", &GpuFacts::architecture)
       .def_ro("is_gpu", &GpuFacts::is_gpu)
       .def_ro("shares_memory", &GpuFacts::shares_memory)
       .def_ro("has_dot_product", &GpuFacts::has_dot_product)
@@ -95,7 +96,11 @@ void bind_gpu(nb::module_& m) {
   m.def("list_gpus", &list_gpus, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<GpuBuffer>(m, "GpuBuffer").def(nb::init<int>()).def_ro("index", &GpuBuffer::index);
   nb::class_<GpuDevice>(m, "GpuDevice")
-      .def(nb::init<int>(), nb::arg("index"), nb::call_guard<nb::gil_scoped_release>())
+      .def(nb::new_([](int index) {
+             const nb::gil_scoped_release nogil;
+             return open_gpu(index);
+           }),
+           nb::arg("index"))
       .def_prop_ro("facts", &GpuDevice::facts, nb::rv_policy::copy)
       .def("allocate", &GpuDevice::allocate)
       .def("release", &GpuDevice::release)

@@ -47,12 +47,13 @@ class MergeTable:
         """Ids of all words, one after another. A byte that is no token parts its neighbours and has no id."""
 
 class GpuFacts:
-    """One device of an OpenCL driver."""
+    """One device of a driver."""
 
     platform: str
     name: str
     vendor: str
     driver: str
+    architecture: str  # that CUDA C++ is compiled for; empty: kernels are OpenCL C
     is_gpu: bool
     shares_memory: bool
     has_dot_product: bool
@@ -64,7 +65,7 @@ class GpuFacts:
     lacks: str
 
 def list_gpus() -> list[GpuFacts]:
-    """Every device of every driver. Raises DeviceNotFound where there is no OpenCL."""
+    """Every device of every driver. OpenCL's, then CUDA's. Raises DeviceNotFound where neither is there."""
 
 class GpuBuffer:
     def __init__(self, index: int, /) -> None: ...

@@ -90,7 +90,7 @@ class InsufficientMemory(IsothermError):
 
 
 class DeviceNotFound(IsothermError):
-    """No OpenCL driver, no such device, or one that lacks what the arithmetic contract needs; lists what there is."""
+    """No driver of a GPU, no such device, or one that lacks what the arithmetic contract needs; lists what there is."""
 
 
 class DeviceFailed(IsothermError):

@@ -20,7 +20,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class GpuDeviceFacts:
-    """One device of an OpenCL driver, as it says itself and as it was measured."""
+    """One device of a driver, OpenCL's or CUDA's, as it says itself and as it was measured."""
 
     device: str  # as --device names it
     name: str

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from pocl import open_pocl
+from gpu_drivers import open_driver
 from sketch import Finished
 
 from isotherm.backends.cpu.backend import CompiledCpu, CpuBackend
@@ -28,7 +28,7 @@ KERNELS = KernelCache(Path(_SCRATCH.name))
 
 def open_gpu(tiling: Tiling | None = None) -> OpenGpu:
     """Skips where there is no PoCL."""
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
     return OpenGpu(0, KERNELS, tiling)
 

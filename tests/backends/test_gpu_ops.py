@@ -3,15 +3,13 @@
 Those marked slow are all types and shapes that the CPU's kernels are tested with.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
 import numpy as np
 import pytest
 import test_attention
 import test_ops
 from on_gpu import compile_sketch
 from sketch import Finished, Sketch, assert_equal, chain, extreme_blocks, random_inputs
+from slow_cases import with_slow
 
 from isotherm.backends.gpu.compiler import can_take
 from isotherm.backends.gpu.sources import Tiling
@@ -22,12 +20,6 @@ from isotherm.types import Activation, KvType, QuantType
 ROWS = (1, 2, 3, 4, 7, 8, 9, 70)  # each kernel full, with a rest, and more than one group of rows
 MOST = ROWS[-1]
 TYPES = (QuantType.F16, QuantType.Q4_0, QuantType.Q4_K, QuantType.Q6_K)  # floats, and the usual ways to keep scales
-
-
-def with_slow(quick: Sequence[Any], all_of_them: Iterable[Any]) -> list[Any]:
-    """Parameters of a test: what is not among the quick ones is a slow test."""
-    others = [pytest.param(case, marks=pytest.mark.slow) for case in all_of_them if case not in quick]
-    return [*quick, *others]
 
 
 def assert_equal_on_gpu(finished: Finished, most: int = MOST, tiling: Tiling | None = None) -> None:

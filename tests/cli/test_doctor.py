@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
-from pocl import open_pocl
+from gpu_drivers import open_driver
 from tiny_models import write_tiny
 
 import isotherm
@@ -199,7 +199,7 @@ def test_devices_are_listed() -> None:
 
 
 def test_a_device_is_measured(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if reason := open_pocl():
+    if reason := open_driver():
         pytest.skip(reason)
     assert main(["doctor", "--json"]) == 0
     (gpu,) = json.loads(capsys.readouterr().out)["gpus"]

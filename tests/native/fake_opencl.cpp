@@ -1,24 +1,12 @@
 // An OpenCL driver that computes nothing, and fails where the environment says so:
 //
-//   FAKE_FAIL=CreateBuffer:-4:10   the tenth call of clCreateBuffer, and all after it, give error -4
-//   FAKE_LACKS=1                   its device has no fused multiply-add
-//   FAKE_ABORT=1                   it ends the process where it is loaded
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+//   FAKE_FAIL      see failing.h
+//   FAKE_NAME      of its device
+//   FAKE_LACKS=1   its device has no fused multiply-add
+//   FAKE_ABORT=1   it ends the process where it is loaded
+#include "failing.h"
 
 namespace {
-
-// Whether this call is to fail, and how.
-int32_t status_of(const char* call) {
-  static int num_calls = 0;
-  const char* wanted = std::getenv("FAKE_FAIL");
-  char name[64];
-  int code = 0, first = 1;
-  if (!wanted || std::sscanf(wanted, "%63[^:]:%d:%d", name, &code, &first) < 2 || std::strcmp(name, call)) return 0;
-  return ++num_calls >= first ? code : 0;
-}
 
 int32_t answer(const void* data, size_t bytes, size_t room, void* to, size_t* real) {
   if (real) *real = bytes;
@@ -73,7 +61,7 @@ int32_t clGetDeviceInfo(void*, Word what, size_t room, void* to, size_t* real) {
     case 0x1035:
       return answer(&none, sizeof none, room, to, real);
     case 0x102B:
-      return text("Fake GPU", room, to, real);
+      return text(std::getenv("FAKE_NAME") ? std::getenv("FAKE_NAME") : "Fake GPU", room, to, real);
     case 0x102C:
     case 0x102D:
     case 0x1030:

@@ -86,6 +86,11 @@ class ProgramSteps(Protocol):
     ) -> int: ...
 
 
+def build(device: "_native.GpuDevice", source: Source, kept: bytes = b"") -> int:
+    """A program of the device's. kept: what was compiled earlier. Raises DeviceFailed where it is not compiled."""
+    return int(device.build(source.text, source.options(device.facts.architecture), kept))
+
+
 class OpenGpu:
     """A device with the programs that were built for it."""
 
@@ -125,7 +130,7 @@ class OpenGpu:
     def _build(self, source: Source) -> int:
         key = self.key(source)
         kept = self._cache.read(key) if self._cache else b""
-        program = int(self.device.build(source.text, source.options, kept))
+        program = build(self.device, source, kept)
         if self._cache and not kept:
             self._cache.write(key, self.device.binary(program))
         return program
@@ -133,5 +138,6 @@ class OpenGpu:
     def key(self, source: Source) -> str:
         """Names what follows from kernels, device and driver."""
         facts = self.facts
-        parts = (source.text, source.options, facts.platform, facts.name, facts.vendor, facts.driver)
+        options = source.options(facts.architecture)
+        parts = (source.text, options, facts.platform, facts.name, facts.vendor, facts.driver)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -14,7 +14,9 @@ from isotherm.types import KvType, QuantType
 
 _FOLDER = Path(__file__).parent / "kernels"
 # Division and square roots as IEEE 754 has them; without this OpenCL may be three units in the last place off.
-_OPTIONS = "-cl-fp32-correctly-rounded-divide-sqrt"
+_OPENCL_OPTIONS = "-cl-fp32-correctly-rounded-divide-sqrt"
+# Those of CUDA are so by default, but products and sums would be contracted.
+_CUDA_OPTIONS = "--fmad=false --std=c++17 --disable-warnings"
 MOST_FEW_ROWS = 8  # of a batch: a slice has one of them each
 SLICE_LANES = 32  # a slice of a matmul's group: the rows of a panel
 ROW_LANES = 256  # of a group that computes a row, or a head
@@ -24,10 +26,16 @@ _MOST_GROUP_HEADS = 8  # whose scores fit local memory
 
 @dataclass(frozen=True)
 class Source:
-    """A program of kernels, and what the compiler is told."""
+    """A program of kernels."""
 
     text: str
-    options: str
+    opencl_version: str
+
+    def options(self, architecture: str) -> str:
+        """What the compiler is told. architecture: as GpuFacts has it."""
+        if architecture:
+            return f"--gpu-architecture={architecture} {_CUDA_OPTIONS}"
+        return f"-cl-std={self.opencl_version} {_OPENCL_OPTIONS}"
 
 
 class Dot4(IntEnum):
@@ -124,7 +132,7 @@ _ALIASES = "".join(f"#define {name}_b {name}_a\n" for name in ("tile_bytes", "re
 def _source(defines: Mapping[str, int], *parts: str) -> Source:
     head = "".join(f"#define {name} {int(value)}\n" for name, value in defines.items())
     version = "CL3.0" if defines.get("DOT4") == Dot4.KHRONOS else "CL1.2"
-    return Source("\n".join([head, _text("dialect"), *parts]), f"-cl-std={version} {_OPTIONS}")
+    return Source("\n".join([head, _text("dialect"), *parts]), version)
 
 
 @cache
@@ -155,7 +163,7 @@ def _codec(quant_type: QuantType, suffix: str) -> str:
         *(f"#define {name} {value}" for name, value in defines.items()),
     ]
     if quant_type in VALUES:
-        lines.append(f"CONSTANT char values_{suffix}[16] = {{{', '.join(map(str, VALUES[quant_type]))}}};")
+        lines.append(f"CONSTANT i8 values_{suffix}[16] = {{{', '.join(map(str, VALUES[quant_type]))}}};")
         lines.append(f"#define VALUES values_{suffix}")
     return "\n".join([*lines, _text("codec")])
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isotherm import _native
+from isotherm.backends.gpu.device import build
 from isotherm.backends.gpu.sources import ROW_LANES, Dot4, probe_source
 from isotherm.errors import DeviceFailed, DeviceNotFound, InsufficientMemory
 from isotherm.facts import GpuDeviceFacts, GpuLimits
@@ -48,8 +49,7 @@ def examine(index: int, facts: _native.GpuFacts) -> GpuDeviceFacts:
 def measure(index: int) -> GpuLimits:
     """The best of several rounds. Raises what a GpuDevice does."""
     device = _native.GpuDevice(index)
-    probe = probe_source(find_dot4(device))
-    program = device.build(probe.text, probe.options, b"")
+    program = build(device, probe_source(find_dot4(device)))
     return GpuLimits(_copy_bytes_per_s(device), _int8_ops_per_s(device, program), _launch_s(device, program))
 
 
@@ -70,11 +70,11 @@ def find_dot4(device: _native.GpuDevice) -> Dot4:
 
 
 def _dot4s(device: _native.GpuDevice, dot4: Dot4, a: NDArray[np.int8], b: NDArray[np.int8]) -> NDArray[np.int32]:
-    probe, out = probe_source(dot4), np.zeros(ROW_LANES, np.int32)
+    out = np.zeros(ROW_LANES, np.int32)
     buffers = [device.allocate(4 * ROW_LANES) for _ in range(3)]
     for buffer, values in zip(buffers, (a, b), strict=False):
         device.write(buffer, 0, values.reshape(-1).view(np.uint8))
-    kernel = device.kernel(device.build(probe.text, probe.options, b""), "check_dot4", list(buffers))
+    kernel = device.kernel(build(device, probe_source(dot4)), "check_dot4", list(buffers))
     device.launch(kernel, (1, 1, 1), ROW_LANES)
     device.read(buffers[2], 0, out.view(np.uint8))
     return out

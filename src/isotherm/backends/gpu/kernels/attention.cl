@@ -16,7 +16,7 @@ INLINE float bounded(float x) {
 // A page's keys (or values): element i of its order, of position `slot` and dimension d.
 INLINE float element(GLOBAL const u8* plane, int i, int slot, int d) {
 #if IS_Q8
-  return (float)(char)plane[SCALES_BYTES + i] * half_at(plane + 2 * (d / 32 * PAGE_TOKENS + slot));
+  return (float)(i8)plane[SCALES_BYTES + i] * half_at(plane + 2 * (d / 32 * PAGE_TOKENS + slot));
 #else
   return half_at(plane + 2 * i);
 #endif
@@ -34,7 +34,7 @@ INLINE void append(GLOBAL u8* plane, LOCAL const float* x, int slot, int is_key)
     const float scale = half_at(kept), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     for (int d = first; d < last; d++) {
       const float code = fmax(fmin(rint(bounded(x[d]) * inverse), 127.0f), -127.0f);
-      plane[SCALES_BYTES + (is_key ? d * PAGE_TOKENS + slot : slot * HEAD_DIM + d)] = (u8)(char)(int)code;
+      plane[SCALES_BYTES + (is_key ? d * PAGE_TOKENS + slot : slot * HEAD_DIM + d)] = (u8)(i8)(int)code;
     }
   }
 #else
@@ -54,7 +54,7 @@ KERNEL(LANES) void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GL
                           GLOBAL const float* v, int v_offset, int v_stride, int flags, GLOBAL const float* q_norm,
                           float q_eps, GLOBAL const float* k_norm, float k_eps, GLOBAL const int* batch, int num_states,
                           int state, int rope_before, int rope_dims, GLOBAL u8* pages) {
-  LOCAL float x[HEAD_DIM], y[HEAD_DIM], lanes[16];
+  SHARED float x[HEAD_DIM], y[HEAD_DIM], lanes[16];
   const int token = GROUP(1), rows = NUM_ROWS(batch), position = POSITION(batch, token), pairs = rope_dims / 2;
   const int is_query = GROUP(0) < NUM_HEADS, head = is_query ? GROUP(0) : GROUP(0) - NUM_HEADS;
   const int is_normed = flags & (is_query ? 1 : 2);
@@ -167,8 +167,8 @@ INLINE void load_queries(LOCAL float* shared, GLOBAL const float* q, int q_offse
 
 // Few tokens: a group a block, of which partials [token][head][num_blocks][2 + HEAD_DIM] are left: best, total, sums.
 KERNEL(LANES) void attend_blocks(ATTEND_PARAMETERS) {
-  LOCAL float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
-  LOCAL float best[GROUP_HEADS], total[GROUP_HEADS];
+  SHARED float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
+  SHARED float best[GROUP_HEADS], total[GROUP_HEADS];
   const int token = GROUP(1), position = POSITION(batch, token), start = GROUP(2) * BLOCK_TOKENS;
   const int head = GROUP(0) * GROUP_HEADS, kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
   const int oldest = window && position + 1 > window ? position + 1 - window : 0;
@@ -213,8 +213,8 @@ KERNEL(LANES) void merge_blocks(ATTEND_PARAMETERS) {
 
 // Many tokens: a group walks the blocks of its token.
 KERNEL(LANES) void attend(ATTEND_PARAMETERS) {
-  LOCAL float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
-  LOCAL float best[GROUP_HEADS], total[GROUP_HEADS];
+  SHARED float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
+  SHARED float best[GROUP_HEADS], total[GROUP_HEADS];
   const int token = GROUP(1), position = POSITION(batch, token);
   const int head = GROUP(0) * GROUP_HEADS, kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
   const int oldest = window && position + 1 > window ? position + 1 - window : 0;

@@ -1,6 +1,8 @@
 // What a sampler needs of a row of logits, where it wants the `kept` largest only: see Shortlist in program/backend.py,
 // and native/runtime/sampler.cpp, whose sums these are. A group is a row of the head's.
+#ifdef __OPENCL_VERSION__
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
+#endif
 #define LARGEST_FLOAT 0x1.fffffep127f
 #define SUM_LANES 32
 #define STRETCH (8 * LANES)
@@ -124,10 +126,10 @@ INLINE int collect(GLOBAL const float* logits, int width, uint bound, int rest, 
 // head: rows, which they are [rows], how many are kept of each [rows]. out [rows][HEADER_WORDS + 2 * most]: unsound,
 // how many, peak, -, the sum of weights as a double, -, -, ids [most], logits [most].
 KERNEL(LANES) void shortlist(GLOBAL const float* logits, GLOBAL const int* head, GLOBAL uint* out, int width, int most) {
-  LOCAL float shared[STRETCH];
-  LOCAL double lanes[SUM_LANES];
-  LOCAL int digits[256], above[LANES], equal[LANES], unsound;
-  LOCAL uint found[2];
+  SHARED float shared[STRETCH];
+  SHARED double lanes[SUM_LANES];
+  SHARED int digits[256], above[LANES], equal[LANES], unsound;
+  SHARED uint found[2];
   const int row = GROUP(1), kept = head[1 + NUM_ROWS(head) + row];
   logits += (size_t)row * width;
   out += (size_t)row * (HEADER_WORDS + 2 * most);

@@ -16,7 +16,7 @@ INLINE float CODEC(scale)(GLOBAL const u8* unit, int row, int b, int part) {
 #elif SCALES == 2  // float16 times four bits: Q2_K
   return half_at(unit + 2 * row) * (float)(unit[64 + 16 * (2 * b + part) + row] & 15);
 #elif SCALES == 3  // float32 times an int8
-  return float_at(unit + 4 * row) * (float)(char)unit[64 + 16 * (HAS_HALVES ? 2 * b + part : b) + row];
+  return float_at(unit + 4 * row) * (float)(i8)unit[64 + 16 * (HAS_HALVES ? 2 * b + part : b) + row];
 #elif SCALES == 4  // float32
   return float_at(unit + 4 * row);
 #elif SCALES == 5  // E8M0, halved: by way of bfloat16, in which the two least are subnormal
@@ -107,7 +107,7 @@ INLINE float CODEC(dot)(const Block* block, const uint* x, int first, int second
 // One weight, as an embedding has it.
 INLINE float CODEC(weight)(GLOBAL const u8* unit, int row, int b, int column) {
   const int part = HAS_HALVES ? column / 16 : 0;
-  const int code = (char)(CODEC(quad)(unit, row, b, column / 4) >> 8 * (column % 4));
+  const int code = (i8)(CODEC(quad)(unit, row, b, column / 4) >> 8 * (column % 4));
   float x = CODEC(scale)(unit, row, b, part) * (float)(code - ZERO_POINT);
 #if HAS_MINIMUM
   x = x + CODEC(minimum)(unit, row, b, part);

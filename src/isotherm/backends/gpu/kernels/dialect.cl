@@ -1,9 +1,12 @@
-// The C dialect of the kernels: what OpenCL C and other languages of GPUs spell differently, and the scalar functions of
-// the arithmetic contract (ARCHITECTURE.md). A group has one dimension of lanes.
+// The C dialect of the kernels: what OpenCL C and CUDA C++ spell differently, and the scalar functions of the arithmetic
+// contract (ARCHITECTURE.md). A group has one dimension of lanes. SHARED: a variable of the group; LOCAL: what points to
+// one.
+#ifdef __OPENCL_VERSION__
 #pragma OPENCL FP_CONTRACT OFF
 #define KERNEL(lanes) __kernel __attribute__((reqd_work_group_size(lanes, 1, 1)))  // of a group
 #define GLOBAL __global
 #define LOCAL __local
+#define SHARED __local
 #define CONSTANT __constant
 #define INLINE static inline
 #define GROUP(dimension) ((int)get_group_id(dimension))
@@ -13,18 +16,52 @@
 #define FLOAT_OF(bits) as_float(bits)
 #define FMA(a, b, c) fma(a, b, c)
 #define ATOMIC_ADD(at, value) atomic_add(at, value)
-#define NOT_A_NUMBER FLOAT_OF(0x7FC00000u)
-
 typedef uchar u8;
+typedef char i8;
 
-INLINE float half_at(GLOBAL const u8* p) { return vload_half(0, (GLOBAL const half*)p); }
-INLINE float float_at(GLOBAL const u8* p) { return *(GLOBAL const float*)p; }
-INLINE uint word_at(GLOBAL const u8* p) { return *(GLOBAL const uint*)p; }
-INLINE void store_half(float x, GLOBAL u8* p) { vstore_half_rte(x, 0, (GLOBAL half*)p); }
 INLINE float half_of(uint bits) {
   ushort h = (ushort)bits;
   return vload_half(0, (const half*)&h);
 }
+INLINE float half_at(GLOBAL const u8* p) { return vload_half(0, (GLOBAL const half*)p); }
+INLINE void store_half(float x, GLOBAL u8* p) { vstore_half_rte(x, 0, (GLOBAL half*)p); }
+#else  // contraction is off by an option
+#define KERNEL(lanes) extern "C" __global__ __launch_bounds__(lanes)
+#define GLOBAL
+#define LOCAL
+#define SHARED __shared__
+#define CONSTANT __constant__
+#define INLINE static __device__ __forceinline__
+#define GROUP(dimension) ((int)(dimension == 0 ? blockIdx.x : dimension == 1 ? blockIdx.y : blockIdx.z))
+#define LANE ((int)threadIdx.x)
+#define BARRIER() __syncthreads()
+#define BITS_OF(x) __float_as_uint(x)
+#define FLOAT_OF(bits) __uint_as_float(bits)
+#define FMA(a, b, c) __fmaf_rn(a, b, c)
+#define ATOMIC_ADD(at, value) atomicAdd(at, value)
+#define INFINITY FLOAT_OF(0x7F800000u)
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+
+INLINE float half_of(uint bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((ushort)bits));
+  return x;
+}
+INLINE float half_at(const u8* p) { return half_of(*(const ushort*)p); }
+INLINE void store_half(float x, u8* p) {
+  ushort bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  *(ushort*)p = bits;
+}
+INLINE char4 as_char4(uint x) { return *(const char4*)&x; }
+#endif
+
+#define NOT_A_NUMBER FLOAT_OF(0x7FC00000u)
+INLINE float float_at(GLOBAL const u8* p) { return *(GLOBAL const float*)p; }
+INLINE uint word_at(GLOBAL const u8* p) { return *(GLOBAL const uint*)p; }
 
 // sum + the dot product of four signed bytes each. DOT4: by which means, as Dot4 in sources.py.
 INLINE int dot4(uint a, uint b, int sum) {

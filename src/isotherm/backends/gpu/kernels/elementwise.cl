@@ -82,8 +82,8 @@ INLINE void quantise_row(const int is_normed, LOCAL float* stretch, LOCAL int* u
 
 #define QUANTISE(name, is_normed)                                                                                \
   KERNEL(LANES) void name(QUANTISE_PARAMETERS) {                                                                   \
-    LOCAL float stretch[is_normed ? STRETCH : 1];                                                                   \
-    LOCAL int unsound;                                                                                              \
+    SHARED float stretch[is_normed ? STRETCH : 1];                                                                   \
+    SHARED int unsound;                                                                                              \
     quantise_row(is_normed, stretch, &unsound, x, x_offset, x_stride, width, num_blocks, keeps_values, weight, eps, \
                  codes, scales, sums, values);                                                                      \
   }
@@ -99,7 +99,7 @@ KERNEL(LANES) void add(GLOBAL const float* a, GLOBAL const float* b, GLOBAL floa
 // out = a + norm(b), alike.
 KERNEL(LANES) void add_norm(GLOBAL const float* a, GLOBAL const float* b, GLOBAL const float* weight, float eps,
                             GLOBAL float* out, int width, int stride) {
-  LOCAL float stretch[STRETCH];
+  SHARED float stretch[STRETCH];
   const size_t row = (size_t)GROUP(1) * stride;
   const float factor = norm_factor(b + row, width, eps, stretch);
   for (int i = LANE; i < width; i += LANES) out[row + i] = a[row + i] + (b[row + i] * factor) * weight[i];

@@ -51,7 +51,7 @@ INLINE void multiply_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL cons
   GLOBAL const u8 *weight, int num_blocks, GLOBAL const float *values, GLOBAL const int *batch, FINISH_PARAMETERS
 #define FLOATS(name, tokens)                                                                              \
   KERNEL(MANY_SLICES * 32) void name(FLOAT_PARAMETERS) {                                                                    \
-    LOCAL float shared[MANY_SLICES * FLOAT_COLUMNS * 32];                                                 \
+    SHARED float shared[MANY_SLICES * FLOAT_COLUMNS * 32];                                                 \
     float totals[tokens];                                                                                 \
     multiply_floats(weight, num_blocks, values, batch, shared, tokens, totals, FINISH_ARGUMENTS);         \
   }

@@ -73,7 +73,7 @@ INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const u
       GLOBAL const int *sums, GLOBAL const int *batch, FINISH_PARAMETERS
 #define FEW(tokens)                                                                                          \
   KERNEL(SLICES_OF(tokens) * 32) void multiply_##tokens(MATMUL_PARAMETERS) {                                  \
-    LOCAL float parts[2 * tokens * SLICES_OF(tokens) * 32];                                                  \
+    SHARED float parts[2 * tokens * SLICES_OF(tokens) * 32];                                                  \
     multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, tokens, SLICES_OF(tokens), FINISH_ARGUMENTS); \
   }
 FEW(1)
@@ -105,8 +105,8 @@ INLINE void get_block(LOCAL const uint* words, Block* block) {
 // MANY_SLICES * MANY_TOKENS rows: prefill. Slices unpack blocks in turn into local memory, from which every slice
 // multiplies them by rows of its own.
 KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
-  LOCAL uint shared[MANY_SLICES * BLOCK_WORDS * 32];
-  LOCAL float exchange[MANY_SLICES * 32];
+  SHARED uint shared[MANY_SLICES * BLOCK_WORDS * 32];
+  SHARED float exchange[MANY_SLICES * 32];
   const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch);
   const int first_row = (GROUP(1) * MANY_SLICES + slice) * MANY_TOKENS;
   GLOBAL const u8* panel = panel_at(weight, num_blocks, GROUP(0));

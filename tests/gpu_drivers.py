@@ -1,12 +1,14 @@
-"""PoCL, an OpenCL driver whose device is the CPU, from the wheels of the test extra: GPU kernels run for real on it.
+"""Drivers that run GPU kernels for real on the CPU: PoCL, an OpenCL driver from the wheels of the test extra, and a
+fake of CUDA (native/fake_cuda.cpp).
 
-`open_pocl` is called before anything asks for devices, in each process.
+`open_driver` is called before anything asks for devices, in each process.
 """
 
 import atexit
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
 import tempfile
 from functools import cache
@@ -17,14 +19,48 @@ _SCRATCH = tempfile.TemporaryDirectory()
 atexit.register(_SCRATCH.cleanup)
 _OLD_NAME = b"generic"  # what LLVM 14 says of a processor that is newer than itself, and then refuses
 _KNOWN_CPU = b"x86-64-v3"  # has what the kernels need: fused multiply-add, float16 conversion
+_NATIVE = Path(__file__).parent / "native"
 
 
 @cache
-def open_pocl() -> str:
-    """Loads the driver into this process; why not, where it cannot. ISOTHERM_TEST_OPENCL names another one to test."""
-    if other := os.environ.get("ISOTHERM_TEST_OPENCL"):
-        os.environ["ISOTHERM_OPENCL"] = other
-        return ""
+def open_driver() -> str:
+    """Why there is none, or nothing.
+
+    ISOTHERM_TEST_GPU: fake-cuda; cuda, this machine's; a library of OpenCL; unset: PoCL.
+    """
+    wanted = os.environ.get("ISOTHERM_TEST_GPU", "")
+    if wanted == "cuda":
+        os.environ["ISOTHERM_OPENCL"] = ""
+    elif wanted == "fake-cuda":
+        os.environ |= fake_cuda(Path(_SCRATCH.name))
+    else:
+        os.environ["ISOTHERM_CUDA"] = ""
+        if not wanted:
+            return _open_pocl()
+        os.environ["ISOTHERM_OPENCL"] = wanted
+    return ""
+
+
+def build_driver(name: str, folder: Path) -> Path:
+    """One of native/, as a library."""
+    library = folder / f"lib{name}.so"
+    source = _NATIVE / f"{name}.cpp"
+    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", "-O1", source, "-o", library], check=True, timeout=120)
+    return library
+
+
+def fake_cuda(folder: Path) -> dict[str, str]:
+    """What the environment says where it is the only driver."""
+    library = str(build_driver("fake_cuda", folder))
+    return {
+        "ISOTHERM_OPENCL": "",
+        "ISOTHERM_CUDA": library,
+        "ISOTHERM_NVRTC": library,
+        "FAKE_FOLDER": str(folder),
+    }
+
+
+def _open_pocl() -> str:
     spec = find_spec("pyopencl")
     if spec is None or spec.origin is None:
         return "no PoCL: pip install 'pyopencl[pocl]' brings it"
