@@ -105,7 +105,7 @@ FAILURES = [
 ]
 OTHERS = [
     ("DevicePrimaryCtxRetain:2", "InsufficientMemory: Fake CUDA: cuDevicePrimaryCtxRetain gave error 2"),
-    ("CtxSetCurrent:201:9", "DeviceFailed: Fake CUDA: cuCtxSetCurrent gave error 201"),
+    ("CtxPushCurrent:201:9", "DeviceFailed: Fake CUDA: cuCtxPushCurrent gave error 201"),
     ("StreamCreate:999", "DeviceFailed: Fake CUDA: cuStreamCreate gave error 999"),
     ("MemAllocHost:2", "InsufficientMemory: Fake CUDA: cuMemAllocHost gave error 2"),
     ("MemcpyHtoDAsync:700:9", "DeviceFailed: Fake CUDA: cuMemcpyHtoDAsync gave error 700"),

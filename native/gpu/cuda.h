@@ -39,7 +39,8 @@ enum : Int { kCaptureThread = 1 };       // what other threads do is not capture
   X(DeviceGetAttribute, "cuDeviceGetAttribute", (Int*, Int, Device))                                 \
   X(PrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (Context*, Device))                                \
   X(PrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (Device))                                     \
-  X(CtxSetCurrent, "cuCtxSetCurrent", (Context))                                                     \
+  X(CtxPushCurrent, "cuCtxPushCurrent_v2", (Context))                                                \
+  X(CtxPopCurrent, "cuCtxPopCurrent_v2", (Context*))                                                 \
   X(StreamCreate, "cuStreamCreate", (Stream*, Uint))                                                 \
   X(StreamDestroy, "cuStreamDestroy_v2", (Stream))                                                   \
   X(StreamSynchronize, "cuStreamSynchronize", (Stream))                                              \

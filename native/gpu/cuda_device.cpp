@@ -82,20 +82,31 @@ void CudaDevice::check(cuda::Int status, const char* call) const {
                                        (name ? name : "unknown") + ")");
 }
 
-void CudaDevice::enter() const { check(cu_.CtxSetCurrent(context_), "CtxSetCurrent"); }
+CudaDevice::Entered::Entered(const CudaDevice& device) : cu_(device.cu_) {
+  device.check(cu_.CtxPushCurrent(device.context_), "CtxPushCurrent");
+}
+
+CudaDevice::Entered::~Entered() {
+  cuda::Context left = nullptr;
+  cu_.CtxPopCurrent(&left);
+}
 
 CudaDevice::CudaDevice(int index) : cu_(*started()) {
   check(cu_.DeviceGet(&device_, index), "DeviceGet");
   facts_ = facts_of(cu_, device_);
   check(cu_.PrimaryCtxRetain(&context_, device_), "DevicePrimaryCtxRetain");
-  cuda::Int status = cu_.CtxSetCurrent(context_);
-  if (status == cuda::kSuccess) status = cu_.StreamCreate(&stream_, 1);  // waits for no other stream
-  if (status != cuda::kSuccess) cu_.PrimaryCtxRelease(device_);
-  check(status, "StreamCreate");
+  try {
+    const Entered entered(*this);
+    check(cu_.StreamCreate(&stream_, 1), "StreamCreate");  // waits for no other stream
+  } catch (const GpuError&) {
+    cu_.PrimaryCtxRelease(device_);
+    throw;
+  }
 }
 
 CudaDevice::~CudaDevice() {
-  cu_.CtxSetCurrent(context_);
+  cuda::Context left = nullptr;
+  const bool is_entered = cu_.CtxPushCurrent(context_) == cuda::kSuccess;
   forget_graphs();
   for (Staged& staged : staged_) {
     if (staged.event) cu_.EventDestroy(staged.event);
@@ -105,11 +116,12 @@ CudaDevice::~CudaDevice() {
   for (cuda::Address buffer : buffers_)
     if (buffer) cu_.MemFree(buffer);
   cu_.StreamDestroy(stream_);
+  if (is_entered) cu_.CtxPopCurrent(&left);
   cu_.PrimaryCtxRelease(device_);
 }
 
 GpuBuffer CudaDevice::allocate(size_t num_bytes) {
-  enter();
+  const Entered entered(*this);
   cuda::Address buffer = 0;
   check(cu_.MemAlloc(&buffer, std::max<size_t>(num_bytes, 4)), "MemAlloc");
   buffers_.push_back(buffer);
@@ -117,29 +129,34 @@ GpuBuffer CudaDevice::allocate(size_t num_bytes) {
 }
 
 void CudaDevice::release(GpuBuffer buffer) {
+  const Entered entered(*this);
   finish();  // unlike OpenCL's, a buffer goes at once
   if (address(buffer)) cu_.MemFree(address(buffer));
   address(buffer) = 0;
 }
 
 void CudaDevice::write(GpuBuffer to, size_t offset, const void* data, size_t num_bytes) {
+  const Entered entered(*this);
   submit();
   check(cu_.CopyToDevice(address(to) + offset, data, num_bytes, stream_), "MemcpyHtoDAsync");
   finish();
 }
 
 void CudaDevice::read(GpuBuffer from, size_t offset, void* data, size_t num_bytes) {
+  const Entered entered(*this);
   submit();
   check(cu_.CopyToHost(data, address(from) + offset, num_bytes, stream_), "MemcpyDtoHAsync");
   finish();
 }
 
 void CudaDevice::copy(GpuBuffer from, GpuBuffer to, size_t num_bytes) {
+  const Entered entered(*this);
   submit();
   check(cu_.CopyOnDevice(address(to), address(from), num_bytes, stream_), "MemcpyDtoDAsync");
 }
 
 void CudaDevice::stage(GpuBuffer to, const void* data, size_t num_bytes) {
+  const Entered entered(*this);
   submit();
   Staged& staged = staged_[next_staged_++ % kNumStaged];
   if (!staged.event) check(cu_.EventCreate(&staged.event, cuda::kNoTiming), "EventCreate");
@@ -182,7 +199,7 @@ std::vector<uint8_t> CudaDevice::compile(const std::string& source, const std::s
 }
 
 int CudaDevice::build(const std::string& source, const std::string& options, const std::vector<uint8_t>& binary) {
-  enter();
+  const Entered entered(*this);
   Program program{nullptr, binary};
   if (binary.empty() || cu_.ModuleLoadData(&program.module, binary.data()) != cuda::kSuccess) {
     program.binary = compile(source, options);
@@ -195,7 +212,7 @@ int CudaDevice::build(const std::string& source, const std::string& options, con
 std::vector<uint8_t> CudaDevice::binary(int program) const { return programs_.at(static_cast<size_t>(program)).binary; }
 
 int CudaDevice::kernel(int program, const std::string& name, const std::vector<GpuArgument>& arguments) {
-  enter();
+  const Entered entered(*this);
   Kernel kernel;
   check(cu_.ModuleGetFunction(&kernel.function, programs_.at(static_cast<size_t>(program)).module, name.c_str()),
         "ModuleGetFunction");
@@ -249,7 +266,6 @@ cuda::GraphExec CudaDevice::record(const Run& run) {
 }
 
 void CudaDevice::submit() {
-  enter();
   enqueue(std::exchange(gathered_, {}));  // forgotten also where one of them fails
 }
 
@@ -261,8 +277,8 @@ void CudaDevice::forget_graphs() {
 }
 
 void CudaDevice::flush() {
+  const Entered entered(*this);
   if (gathered_.size() < kLeastGraph) return submit();
-  enter();
   const Run run = std::exchange(gathered_, {});
   if (graphs_.size() >= kMostGraphs && !graphs_.contains(run)) forget_graphs();
   const auto [found, is_new] = graphs_.try_emplace(run, nullptr);
@@ -272,6 +288,7 @@ void CudaDevice::flush() {
 }
 
 void CudaDevice::finish() {
+  const Entered entered(*this);
   submit();
   check(cu_.StreamSynchronize(stream_), "StreamSynchronize");
 }

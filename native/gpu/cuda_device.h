@@ -31,6 +31,17 @@ class CudaDevice final : public GpuDevice {
   void finish() override;
 
  private:
+  // Its context is the thread's as long as this lives. Then again what was before: others in this process use CUDA too.
+  class Entered {
+   public:
+    explicit Entered(const CudaDevice& device);
+    ~Entered();
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
+
+   private:
+    const cuda::Calls& cu_;
+  };
   struct Staged {
     void* bytes = nullptr;  // pinned
     size_t room = 0;
@@ -54,7 +65,6 @@ class CudaDevice final : public GpuDevice {
   static constexpr size_t kNumStaged = 4;  // writes under way
 
   void check(cuda::Int status, const char* call) const;
-  void enter() const;  // before every command: a thread has one device
   cuda::Address& address(GpuBuffer buffer) { return buffers_.at(static_cast<size_t>(buffer.index)); }
   std::vector<uint8_t> compile(const std::string& source, const std::string& options) const;
   void submit();

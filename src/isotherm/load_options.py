@@ -74,3 +74,5 @@ def check_load_options(options: LoadOptions) -> None:
         raise OptionError(f"parallel is {options.parallel}; it must be from 1 to {MAX_PARALLEL}")
     if options.kv_bytes is not None and options.kv_bytes < 0:
         raise OptionError(f"kv_bytes is {options.kv_bytes}; it must be at least 0, or None")
+    if not 0 <= options.kv_share <= 1:
+        raise OptionError(f"kv_share is {options.kv_share}; it must be from 0 to 1")

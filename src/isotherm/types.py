@@ -220,7 +220,8 @@ class LoadOptions:
     offline: bool = False  # nothing is fetched
     kv: str = KvType.F16.value  # keys and values; "q8_0" takes half the memory
     parallel: int = 4  # answers that are computed together
-    kv_bytes: int | None = None  # memory of KV pages, at least of one full context, which is what None means
+    kv_bytes: int | None = None  # memory of KV pages, at least of one full context; None: what kv_share says
+    kv_share: float = 0.0  # of free memory, the GPU's where one helps, for KV pages; at least one full context
     kv_dir: str | Path | None = None  # folder where KV pages are kept for later processes; None: nowhere
     sparse: bool = True  # compute only the neurons that fire, where that is quicker; answers are the same
     quality: str = (

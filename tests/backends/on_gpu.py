@@ -1,4 +1,4 @@
-"""Programs compiled for PoCL's device, which has every kernel that a GPU has; see pocl.py."""
+"""Programs compiled for the device that tests run on; see gpu_drivers.py."""
 
 import atexit
 import tempfile

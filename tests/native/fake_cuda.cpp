@@ -217,13 +217,19 @@ struct Stream {
   std::unique_ptr<Graph> captured;  // while it captures
 };
 
-thread_local void* current;
+// A thread's contexts: who leaves one behind ends the process.
+struct Entered : std::vector<void*> {
+  ~Entered() {
+    if (!empty()) std::abort();
+  }
+};
+thread_local Entered entered;
 int the_context, num_graph_launches, num_graphs;
 std::map<uint64_t, size_t> allocated;  // bytes, by address
 uint64_t allocated_bytes;
 
 int check(const char* call, const Stream* stream = nullptr) {
-  if (current != &the_context) return kInvalidContext;
+  if (entered.empty() || entered.back() != &the_context) return kInvalidContext;
   if (stream && stream->captured) return kCaptureUnsupported;
   return status_of(call);
 }
@@ -269,7 +275,12 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
   return *context = &the_context, status_of("DevicePrimaryCtxRetain");
 }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-int cuCtxSetCurrent(void* context) { return current = context, status_of("CtxSetCurrent"); }
+int cuCtxPushCurrent_v2(void* context) {
+  const int status = status_of("CtxPushCurrent");
+  if (!status) entered.push_back(context);
+  return status;
+}
+int cuCtxPopCurrent_v2(void** left) { return *left = entered.back(), entered.pop_back(), 0; }
 int cuStreamCreate(Stream** stream, unsigned) { return *stream = new Stream, check("StreamCreate"); }
 int cuStreamDestroy_v2(Stream* stream) { return delete stream, 0; }
 int cuStreamSynchronize(Stream* stream) { return check("StreamSynchronize", stream); }

@@ -32,7 +32,6 @@ def serve(
 ) -> None:
     """Answers the clients of OpenAI, Anthropic and Ollama over HTTP."""
     from isotherm.formats.names import local_models
-    from isotherm.probe import available_memory_bytes
     from isotherm.server.gate import Policy
     from isotherm.server.run import Binding, serve
     from isotherm.server.shelf import FOREVER_S, Shelf, Slot
@@ -63,8 +62,7 @@ def serve(
         import isotherm
 
         with TerminalReporter() as reporter:
-            options = settings.serving_options(available_memory_bytes())
-            return isotherm.load(source, options=options, reporter=reporter)
+            return isotherm.load(source, options=settings.serving_options, reporter=reporter)
 
     def shelf() -> Shelf:
         return Shelf(load, slots, max_waiting=settings.max_waiting)

@@ -20,7 +20,7 @@ _NONE = "none"
 _GIB = 1 << 30
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([kKmMgG]i?[bB])")
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-_KV_SHARE = 8  # of free memory, what a server takes for keys and values by itself
+_KV_SHARE = 1 / 8  # of free memory, what a server takes for keys and values by itself
 _PREFIX = "ISOTHERM_"
 _OTHER_VARIABLES = ("cache", "debug", "isa", "opencl")  # read where they are needed; see docs/cli.md
 
@@ -137,7 +137,7 @@ class Settings:
         Rule(
             float,
             "GIB",
-            "Memory of keys and values, past ones too; by default 1/8 of what is free.",
+            "Memory of keys and values, past ones too; by default 1/8 of what is free, or of a GPU that helps.",
             low=0.0,
             high=1e6,
         ),
@@ -172,10 +172,11 @@ class Settings:
             vram_bytes=None if self.vram is None else _size_bytes(self.vram),
         )
 
-    def serving_options(self, free_bytes: int) -> LoadOptions:
-        """Those of a server; free_bytes: memory that is free for this process."""
-        kv_bytes = free_bytes // _KV_SHARE if self.kv_gib is None else int(self.kv_gib * _GIB)
-        return replace(self.load_options, parallel=self.parallel, kv_bytes=kv_bytes)
+    @property
+    def serving_options(self) -> LoadOptions:
+        """Those of a server."""
+        kv_bytes = None if self.kv_gib is None else int(self.kv_gib * _GIB)
+        return replace(self.load_options, parallel=self.parallel, kv_bytes=kv_bytes, kv_share=_KV_SHARE)
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
         """With checked values of some settings in place of these."""
