@@ -78,7 +78,7 @@ def test_weights_of_each_type(quant_type: QuantType) -> None:
 
 
 def test_panels_of_two_types() -> None:
-    check_compiles(matmul_source(QuantType.Q4_K, QuantType.Q6_K, Tiling(16, 8, 8, 4)), OLDEST)
+    check_compiles(matmul_source(QuantType.Q4_K, QuantType.Q6_K, Tiling(16, 2, 8, 8, 4)), OLDEST)
 
 
 def test_contraction_would_be_seen() -> None:

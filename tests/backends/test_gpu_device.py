@@ -65,19 +65,19 @@ def test_the_quickest_tiling_is_found_and_kept(tmp_path: Path, monkeypatch: pyte
     gpu, cache, said = open_gpu(), KernelCache(tmp_path), []
     assert tuning.tuned_tiling(gpu, cache, said.append) == Tiling()  # it is a CPU
     assert said == []
-    quickest = {1: 16, 128: (4, 16)}
     timed: list[Tiling] = []
 
     def time_s(_: OpenGpu, tiling: Tiling, num_outputs: int, num_rows: int) -> float:
         timed.append(tiling)
         if num_rows == 1:
-            return float(tiling.few_slices != (quickest[1] if num_outputs > 5000 else 32))
-        return float((tiling.many_slices, tiling.many_tokens) != quickest[128])
+            wanted = (16, 2) if num_outputs > 5000 else (32, 2)
+            return float((tiling.few_slices, tiling.few_depth) != wanted)
+        return float((tiling.many_slices, tiling.many_tokens) != (4, 16))
 
     monkeypatch.setattr(tuning, "_time_s", time_s)
     monkeypatch.setattr(type(gpu.facts), "is_gpu", True)
     found = tuning.tuned_tiling(gpu, cache, said.append)
-    assert found == Tiling(few_slices=16, narrow_slices=32, many_slices=4, many_tokens=16)
+    assert found == Tiling(few_slices=16, few_depth=2, narrow_slices=32, many_slices=4, many_tokens=16)
     assert said == [f"tuning the kernels for gpu:0 ({gpu.facts.name}), once"]
     num_timed = len(timed)
     assert tuning.tuned_tiling(gpu, cache, said.append) == found
@@ -89,7 +89,7 @@ def test_the_quickest_tiling_is_found_and_kept(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_a_search_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = open_gpu()
-    monkeypatch.setattr(tuning, "_FEW_SLICES", (8, 16))
+    monkeypatch.setattr(tuning, "_FEW", ((8, 2), (16, 1)))
     monkeypatch.setattr(tuning, "_MANY", ((8, 8), (4, 4)))
     found = tuning.search(gpu, few_outputs=64, many_outputs=64)
     assert found.few_slices in (8, 16)

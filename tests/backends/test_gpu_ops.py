@@ -144,7 +144,7 @@ def test_what_is_no_number_shows_in_its_row_alone() -> None:
     assert np.isfinite(np.delete(expected, [1, 4, 11], axis=0)).all()
 
 
-@pytest.mark.parametrize("tiling", with_slow((Tiling(16, 8, 4, 4),), (Tiling(8, 16, 16, 16),)), ids=str)
+@pytest.mark.parametrize("tiling", with_slow((Tiling(16, 2, 8, 4, 4),), (Tiling(8, 1, 16, 16, 16),)), ids=str)
 def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
     assert_equal_on_gpu(layer_like(QuantType.Q4_0, 256), tiling=tiling)
 

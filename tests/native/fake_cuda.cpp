@@ -51,6 +51,7 @@ using std::max;
 using std::min;
 struct Groups { unsigned x, y, z; };
 struct char4 { signed char x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 Groups fake_lane, fake_group;
 void (*fake_barrier)();
@@ -58,7 +59,7 @@ void (*fake_barrier)();
 #define blockIdx fake_group
 #define __syncthreads fake_barrier
 #define __global__
-#define __launch_bounds__(lanes)
+#define __launch_bounds__(...)
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static

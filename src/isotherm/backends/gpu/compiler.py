@@ -310,9 +310,9 @@ class GpuCompiler:
         blocks, merge = (self._kernel(source, name, arguments) for name in ("attend_blocks", "merge_blocks"))
         yield _Launch(blocks, groups, blocks=Blocks.SPLIT, most_rows=most)
         yield _Launch(merge, shape.num_heads, blocks=Blocks.MERGED, most_rows=most)
-        whole = self._kernel(source, "attend", arguments)
-        yield _Launch(whole, groups, blocks=Blocks.ONE, most_rows=most)
-        yield _Launch(whole, groups, least_rows=most + 1)
+        few, many = (self._kernel(source, name, arguments) for name in ("attend_few", "attend_many"))
+        yield _Launch(few, groups, blocks=Blocks.ONE, most_rows=most)
+        yield _Launch(many, groups, least_rows=most + 1)
 
     def _rope_place(self, rope: Rope | None) -> tuple[int, int]:
         """Columns of the tables before it in what a batch is told, and its own."""

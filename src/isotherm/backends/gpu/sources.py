@@ -51,7 +51,8 @@ class Tiling:
     """How matmuls are shared out. A slice is 32 lanes: with few rows slices share a sum, with many the weights."""
 
     few_slices: int = 8  # at least as many as few rows
-    narrow_slices: int = 8  # the same, of a matrix with fewer panels than fill the device
+    few_depth: int = 1  # blocks that a slice takes at a time, with one row
+    narrow_slices: int = 8  # few_slices, of a matrix with fewer panels than fill the device
     many_slices: int = 8
     many_tokens: int = 8  # rows of a slice
     dot4: Dot4 = Dot4.PLAIN
@@ -74,6 +75,7 @@ def matmul_source(type_a: QuantType, type_b: QuantType, tiling: Tiling) -> Sourc
     """Panels whose tiles have these types; floats have the same in both."""
     defines = {
         "FEW_SLICES": tiling.few_slices,
+        "FEW_DEPTH": tiling.few_depth,
         "MANY_SLICES": tiling.many_slices,
         "MANY_TOKENS": tiling.many_tokens,
         "LANES": ROW_LANES,

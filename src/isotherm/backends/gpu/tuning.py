@@ -15,7 +15,7 @@ from isotherm.quantization.p32 import packed_bytes
 from isotherm.types import QuantType
 
 _TYPE = QuantType.Q4_0
-_FEW_SLICES = (8, 16, 32)
+_FEW = ((8, 1), (16, 1), (32, 1), (8, 2), (16, 2), (32, 2))  # slices and depth
 _MANY = ((8, 8), (4, 16), (16, 4), (8, 4), (4, 8), (16, 8))  # slices and tokens
 _COLUMNS = 4096
 _FEW_OUTPUTS = 32768  # more weights than a cache holds
@@ -39,9 +39,12 @@ def tuned_tiling(gpu: OpenGpu, cache: KernelCache, notify: Callable[[str], None]
 def search(gpu: OpenGpu, few_outputs: int = _FEW_OUTPUTS, many_outputs: int = _MANY_OUTPUTS) -> Tiling:
     """Times one decoded row of a wide and of a narrow matrix, then many rows, with what the device can run."""
     most_slices, dot4 = gpu.facts.max_lanes // SLICE_LANES, find_dot4(gpu.device)
-    few = [Tiling(few_slices=slices, dot4=dot4) for slices in _FEW_SLICES if slices <= most_slices]
+    few = [
+        Tiling(few_slices=slices, few_depth=depth, dot4=dot4) for slices, depth in _FEW if slices <= most_slices
+    ]
     best = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, few_outputs, 1))
-    narrow = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, 1))
+    alike = [tiling for tiling in few if tiling.few_depth == best.few_depth]
+    narrow = min(alike, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, 1))
     best = replace(best, narrow_slices=narrow.few_slices)
     many = [replace(best, many_slices=slices, many_tokens=tokens) for slices, tokens in _MANY if slices <= most_slices]
     return min(many, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, _MANY_ROWS))

@@ -43,9 +43,8 @@ INLINE void append(GLOBAL u8* plane, LOCAL const float* x, int slot, int is_key)
 #endif
 }
 
-INLINE size_t page_of(GLOBAL const int* batch, int token, int state, int position, int kv_head) {
-  const int page = PAGE_TABLE(batch, token, state)[position / PAGE_TOKENS];
-  return ((size_t)page * NUM_KV_HEADS + kv_head) * 2 * HALF_BYTES;
+INLINE size_t page_of(GLOBAL const int* table, int position, int kv_head) {
+  return ((size_t)table[position / PAGE_TOKENS] * NUM_KV_HEADS + kv_head) * 2 * HALF_BYTES;
 }
 
 // A group is a head of q or of k, and a token. Norms the head (flags 1: of q, 2: of k) and rotates it; q stays where it
@@ -83,24 +82,24 @@ KERNEL(LANES) void rotate_append(GLOBAL float* q, int q_offset, int q_stride, GL
   if (is_query) {
     for (int d = LANE; d < HEAD_DIM; d += LANES) q[q_offset + (size_t)token * q_stride + head * HEAD_DIM + d] = x[d];
   } else {
-    GLOBAL u8* page = pages + page_of(batch, token, state, position, head);
+    GLOBAL u8* page = pages + page_of(PAGE_TABLE(batch, token, state), position, head);
     append(page, x, position % PAGE_TOKENS, 1);
     append(page + HALF_BYTES, y, position % PAGE_TOKENS, 0);
   }
 }
 
 // One block of one token, for the group's heads: p from `first` to `last`, then best and total.
-INLINE void score_block(LOCAL const float* q, GLOBAL const u8* pages, GLOBAL const int* batch, int token, int state,
-                        int kv_head, int start, int first, int last, float scale, LOCAL float* p, LOCAL float* lanes,
-                        LOCAL float* best, LOCAL float* total) {
+INLINE void score_block(LOCAL const float* q, GLOBAL const u8* pages, GLOBAL const int* table, int kv_head, int start,
+                        int first, int last, float scale, LOCAL float* p, LOCAL float* lanes, LOCAL float* best,
+                        LOCAL float* total) {
   const int from = first - start & ~15, to = (last - start + 15) & ~15;
   for (int i = from + LANE; i < to; i += LANES) {
     const int position = start + i;
     float sums[GROUP_HEADS];
     for (int h = 0; h < GROUP_HEADS; h++) sums[h] = 0.0f;
     if (position >= first && position < last) {
-      GLOBAL const u8* keys = pages + page_of(batch, token, state, position, kv_head);
-#pragma unroll 16
+      GLOBAL const u8* keys = pages + page_of(table, position, kv_head);
+#pragma unroll 32
       for (int d = 0; d < HEAD_DIM; d++) {
         const float key = element(keys, d * PAGE_TOKENS + position % PAGE_TOKENS, position % PAGE_TOKENS, d);
 #pragma unroll
@@ -140,16 +139,28 @@ INLINE void score_block(LOCAL const float* q, GLOBAL const u8* pages, GLOBAL con
 }
 
 // Column d of what head h says of a block.
-INLINE float weigh_block(GLOBAL const u8* pages, GLOBAL const int* batch, int token, int state, int kv_head, int start,
-                         int first, int last, LOCAL const float* p, int h, int d) {
+//
+// Positions are read many at a time, of a page's half also those that are not seen: one by one, each would wait for the
+// one before it.
+#define AHEAD 32
+INLINE float weigh_block(GLOBAL const u8* pages, GLOBAL const int* table, int kv_head, int start, int first, int last,
+                         LOCAL const float* p, int h, int d) {
   float sum = 0.0f;
-  for (int position = first; position < last;) {
-    const int slot = position % PAGE_TOKENS, count = min(PAGE_TOKENS - slot, last - position);
-    GLOBAL const u8* values = pages + page_of(batch, token, state, position, kv_head) + HALF_BYTES;
-#pragma unroll 16
-    for (int i = 0; i < count; i++)
-      sum = FMA(p[h * BLOCK_TOKENS + position - start + i], element(values, (slot + i) * HEAD_DIM + d, slot + i, d), sum);
-    position += count;
+  for (int position = first & ~(AHEAD - 1); position < last; position += AHEAD) {
+    const int slot = position % PAGE_TOKENS, from = first - position, to = last - position;
+    GLOBAL const u8* values = pages + page_of(table, position, kv_head) + HALF_BYTES;
+    LOCAL const float* weights = p + h * BLOCK_TOKENS + position - start;
+    float v[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) v[i] = element(values, (slot + i) * HEAD_DIM + d, slot + i, d);
+    if (from <= 0 && to >= AHEAD) {
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) sum = FMA(weights[i], v[i], sum);
+    } else {
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (i >= from && i < to) sum = FMA(weights[i], v[i], sum);
+    }
   }
   return sum;
 }
@@ -166,24 +177,25 @@ INLINE void load_queries(LOCAL float* shared, GLOBAL const float* q, int q_offse
 }
 
 // Few tokens: a group a block, of which partials [token][head][num_blocks][2 + HEAD_DIM] are left: best, total, sums.
-KERNEL(LANES) void attend_blocks(ATTEND_PARAMETERS) {
+ROOMY_KERNEL(LANES) void attend_blocks(ATTEND_PARAMETERS) {
   SHARED float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
   SHARED float best[GROUP_HEADS], total[GROUP_HEADS];
   const int token = GROUP(1), position = POSITION(batch, token), start = GROUP(2) * BLOCK_TOKENS;
+  GLOBAL const int* table = PAGE_TABLE(batch, token, state);
   const int head = GROUP(0) * GROUP_HEADS, kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
   const int oldest = window && position + 1 > window ? position + 1 - window : 0;
   const int first = max(oldest, start), last = max(first, min(position + 1, start + BLOCK_TOKENS));  // it may see nothing
   partials += (((size_t)token * NUM_HEADS + head) * num_blocks + GROUP(2)) * (2 + HEAD_DIM);
   const size_t head_stride = (size_t)num_blocks * (2 + HEAD_DIM);
   load_queries(queries, q, q_offset, q_stride);
-  score_block(queries, pages, batch, token, state, kv_head, start, first, last, scale, p, lanes, best, total);
+  score_block(queries, pages, table, kv_head, start, first, last, scale, p, lanes, best, total);
   if (LANE < GROUP_HEADS) {
     partials[LANE * head_stride] = best[LANE];
     partials[LANE * head_stride + 1] = total[LANE];
   }
   for (int i = LANE; i < GROUP_HEADS * HEAD_DIM; i += LANES) {
     const int h = i / HEAD_DIM, d = i % HEAD_DIM;
-    partials[h * head_stride + 2 + d] = weigh_block(pages, batch, token, state, kv_head, start, first, last, p, h, d);
+    partials[h * head_stride + 2 + d] = weigh_block(pages, table, kv_head, start, first, last, p, h, d);
   }
 }
 
@@ -211,11 +223,11 @@ KERNEL(LANES) void merge_blocks(ATTEND_PARAMETERS) {
   }
 }
 
-// Many tokens: a group walks the blocks of its token.
-KERNEL(LANES) void attend(ATTEND_PARAMETERS) {
-  SHARED float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];
-  SHARED float best[GROUP_HEADS], total[GROUP_HEADS];
+// A group walks the blocks of its token.
+INLINE void attend_token(LOCAL float* queries, LOCAL float* p, LOCAL float* lanes, LOCAL float* best,
+                         LOCAL float* total, ATTEND_PARAMETERS) {
   const int token = GROUP(1), position = POSITION(batch, token);
+  GLOBAL const int* table = PAGE_TABLE(batch, token, state);
   const int head = GROUP(0) * GROUP_HEADS, kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
   const int oldest = window && position + 1 > window ? position + 1 - window : 0;
   float bests[ITEMS], totals[ITEMS], sums[ITEMS];
@@ -226,11 +238,11 @@ KERNEL(LANES) void attend(ATTEND_PARAMETERS) {
   load_queries(queries, q, q_offset, q_stride);
   for (int start = oldest / BLOCK_TOKENS * BLOCK_TOKENS; start <= position; start += BLOCK_TOKENS) {
     const int first = max(oldest, start), last = min(position + 1, start + BLOCK_TOKENS);
-    score_block(queries, pages, batch, token, state, kv_head, start, first, last, scale, p, lanes, best, total);
+    score_block(queries, pages, table, kv_head, start, first, last, scale, p, lanes, best, total);
     for (int n = 0; n < ITEMS; n++) {
       const int i = LANE + n * LANES, h = i / HEAD_DIM, d = i % HEAD_DIM;
       if (h >= GROUP_HEADS) continue;
-      const float sum = weigh_block(pages, batch, token, state, kv_head, start, first, last, p, h, d);
+      const float sum = weigh_block(pages, table, kv_head, start, first, last, p, h, d);
       merge(&bests[n], &totals[n], &sums[n], best[h], total[h], sum);
     }
     BARRIER();
@@ -239,3 +251,13 @@ KERNEL(LANES) void attend(ATTEND_PARAMETERS) {
   for (int n = 0; n < ITEMS; n++)
     if (LANE + n * LANES < GROUP_HEADS * HEAD_DIM) out[LANE + n * LANES] = sums[n] / totals[n];
 }
+
+#define ATTEND(KIND, name)                                                                                           \
+  KIND(LANES) void name(ATTEND_PARAMETERS) {                                                                         \
+    SHARED float queries[GROUP_HEADS * HEAD_DIM], p[GROUP_HEADS * BLOCK_TOKENS], lanes[GROUP_HEADS * 16];            \
+    SHARED float best[GROUP_HEADS], total[GROUP_HEADS];                                                              \
+    attend_token(queries, p, lanes, best, total, q, q_offset, q_stride, pages, batch, state, scale, window, out,     \
+                 out_stride, partials, num_blocks);                                                                  \
+  }
+ATTEND(ROOMY_KERNEL, attend_few)  // which see one block
+ATTEND(KERNEL, attend_many)

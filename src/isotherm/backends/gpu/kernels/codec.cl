@@ -5,10 +5,10 @@
 // Codes are given as signed bytes: eight bits lose their zero point by a flipped sign, a table has none.
 
 // Bytes of so many blocks of one tile.
-INLINE int CODEC(tile_bytes)(int num_blocks) { return (num_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS * UNIT_BYTES; }
+INLINE uint CODEC(tile_bytes)(uint num_blocks) { return (num_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS * UNIT_BYTES; }
 
 // Group `part` (0, or 1 where there are halves) of block b.
-INLINE float CODEC(scale)(GLOBAL const u8* unit, int row, int b, int part) {
+INLINE float CODEC(scale)(GLOBAL const u8* unit, uint row, uint b, int part) {
 #if SCALES == 0  // float16 by block
   return half_at(unit + 32 * b + 2 * row);
 #elif SCALES == 1  // float16 times six bits: Q4_K, Q5_K
@@ -29,7 +29,7 @@ INLINE float CODEC(scale)(GLOBAL const u8* unit, int row, int b, int part) {
 }
 
 #if HAS_MINIMUM
-INLINE float CODEC(minimum)(GLOBAL const u8* unit, int row, int b, int part) {
+INLINE float CODEC(minimum)(GLOBAL const u8* unit, uint row, uint b, int part) {
 #if SCALES == 0
   return half_at(unit + 32 + 2 * row);
 #elif SCALES == 1
@@ -42,7 +42,7 @@ INLINE float CODEC(minimum)(GLOBAL const u8* unit, int row, int b, int part) {
 #endif
 
 // Quad j (four columns, a byte each) of block b.
-INLINE uint CODEC(quad)(GLOBAL const u8* unit, int row, int b, int j) {
+INLINE uint CODEC(quad)(GLOBAL const u8* unit, uint row, uint b, int j) {
   GLOBAL const u8* lines = unit + HEADER + 64 * BITS * b + 4 * row;
 #if BITS == 8
   return word_at(lines + 64 * j) ^ 0x80808080u;
@@ -67,7 +67,7 @@ INLINE uint CODEC(quad)(GLOBAL const u8* unit, int row, int b, int j) {
 #endif
 }
 
-INLINE void CODEC(read)(GLOBAL const u8* unit, int row, int b, Block* block) {
+INLINE void CODEC(read)(GLOBAL const u8* unit, uint row, uint b, Block* block) {
   for (int part = 0; part < 2; part++) {
     block->scale[part] = block->minimum[part] = 0.0f;
     if (part > HAS_HALVES) break;
@@ -105,7 +105,7 @@ INLINE float CODEC(dot)(const Block* block, const uint* x, int first, int second
 }
 
 // One weight, as an embedding has it.
-INLINE float CODEC(weight)(GLOBAL const u8* unit, int row, int b, int column) {
+INLINE float CODEC(weight)(GLOBAL const u8* unit, uint row, uint b, int column) {
   const int part = HAS_HALVES ? column / 16 : 0;
   const int code = (i8)(CODEC(quad)(unit, row, b, column / 4) >> 8 * (column % 4));
   float x = CODEC(scale)(unit, row, b, part) * (float)(code - ZERO_POINT);

@@ -4,6 +4,7 @@
 #ifdef __OPENCL_VERSION__
 #pragma OPENCL FP_CONTRACT OFF
 #define KERNEL(lanes) __kernel __attribute__((reqd_work_group_size(lanes, 1, 1)))  // of a group
+#define ROOMY_KERNEL(lanes) KERNEL(lanes)
 #define GLOBAL __global
 #define LOCAL __local
 #define SHARED __local
@@ -27,6 +28,9 @@ INLINE float half_at(GLOBAL const u8* p) { return vload_half(0, (GLOBAL const ha
 INLINE void store_half(float x, GLOBAL u8* p) { vstore_half_rte(x, 0, (GLOBAL half*)p); }
 #else  // contraction is off by an option
 #define KERNEL(lanes) extern "C" __global__ __launch_bounds__(lanes)
+// Whose lanes may have all registers. By itself the compiler saves them, so that more groups run at once, and loads words
+// one after another where all could be on their way.
+#define ROOMY_KERNEL(lanes) extern "C" __global__ __launch_bounds__(lanes, 1)
 #define GLOBAL
 #define LOCAL
 #define SHARED __shared__

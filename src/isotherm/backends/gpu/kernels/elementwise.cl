@@ -33,59 +33,72 @@ INLINE float norm_factor(GLOBAL const float* x, int width, float eps, LOCAL floa
       GLOBAL float *values
 
 // Rows as int8 codes, a scale and two sums of codes for each 32 columns; where values are kept, as floats too. Padded
-// with zeros to whole blocks. No barrier stands in a branch: is_normed is a constant.
-INLINE void quantise_row(const int is_normed, LOCAL float* stretch, LOCAL int* unsound, QUANTISE_PARAMETERS) {
-  const int row = GROUP(1);
+// with zeros to whole blocks. A lane has four columns, eight lanes a block: neighbours read and write what lies side by
+// side. is_normed is a constant.
+typedef struct {
+  float tops[LANES];  // of a quad's magnitudes; without end where one is no number
+  int sums[LANES];
+  int is_unsound;
+} Quantised;
+
+INLINE void quantise_row(const int is_normed, LOCAL float* stretch, LOCAL Quantised* shared, QUANTISE_PARAMETERS) {
+  const int row = GROUP(1), quad = LANE & 7, lane = LANE - quad;
   x += x_offset + (size_t)row * x_stride;
   codes += (size_t)row * num_blocks * 8;
   scales += (size_t)row * num_blocks;
   sums += (size_t)row * num_blocks * 2;
   values += (size_t)row * num_blocks * 32;
-  if (LANE == 0) *unsound = 0;
+  if (LANE == 0) shared->is_unsound = 0;
   const float factor = is_normed ? norm_factor(x, width, eps, stretch) : 1.0f;
-  BARRIER();
-  for (int b = LANE; b < num_blocks; b += LANES) {
-    float block[32], top = 0.0f, doubt = 0.0f;
+  for (int first = 0; first < num_blocks; first += LANES / 8) {
+    const int b = first + lane / 8, column = 32 * b + 4 * quad;
+    float v[4], top = 0.0f, doubt = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-      const int column = 32 * b + i;
-      float v = column < width ? x[column] : 0.0f;
-      if (is_normed && column < width) v = (v * factor) * weight[column];
-      block[i] = v;
-      top = fabs(v) > top ? fabs(v) : top;
-      doubt = doubt + (v - v);  // 0 as long as all are finite
-      if (keeps_values) values[column] = v;
+    for (int i = 0; i < 4; i++) {
+      v[i] = column + i < width ? x[column + i] : 0.0f;
+      if (is_normed && column + i < width) v[i] = (v[i] * factor) * weight[column + i];
     }
-    if (doubt != 0.0f) *unsound = 1;
-    const int is_live = top >= 0x1p-100f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      top = fabs(v[i]) > top ? fabs(v[i]) : top;
+      doubt = doubt + (v[i] - v[i]);  // 0 as long as all are finite
+      if (keeps_values && b < num_blocks) values[column + i] = v[i];
+    }
+    shared->tops[LANE] = doubt == 0.0f ? top : INFINITY;
+    BARRIER();
+    for (int i = 0; i < 8; i++) top = shared->tops[lane + i] > top ? shared->tops[lane + i] : top;
+    const int is_sound = top < INFINITY, is_live = top >= 0x1p-100f && is_sound;
     const float inverse = is_live ? 127.0f / top : 0.0f;
-    int total[2] = {0, 0};
+    int sum = 0;
+    uint word = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      uint quad = 0;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int code = doubt == 0.0f ? (int)rint(block[4 * j + i] * inverse) : 0;
-        total[j / 4] += code;
-        quad |= (uint)(code & 255) << 8 * i;
-      }
-      codes[8 * b + j] = quad;
+    for (int i = 0; i < 4; i++) {
+      const int code = is_sound ? (int)rint(v[i] * inverse) : 0;
+      sum += code;
+      word |= (uint)(code & 255) << 8 * i;
     }
-    sums[2 * b] = total[0];
-    sums[2 * b + 1] = total[1];
-    scales[b] = is_live ? top / 127.0f : 0.0f;
+    shared->sums[LANE] = sum;
+    if (!is_sound) shared->is_unsound = 1;
+    BARRIER();
+    if (b < num_blocks) {
+      codes[8 * b + quad] = word;
+      if (quad < 2) {
+        LOCAL const int* quads = shared->sums + lane + 4 * quad;
+        sums[2 * b + quad] = quads[0] + quads[1] + quads[2] + quads[3];
+      }
+      if (quad == 0) scales[b] = is_live ? top / 127.0f : 0.0f;
+    }
   }
-  BARRIER();
-  if (*unsound)
-    for (int b = LANE; b < num_blocks; b += LANES) scales[b] = NOT_A_NUMBER;
+  if (shared->is_unsound && quad == 0)  // the lane that wrote the scale
+    for (int b = lane / 8; b < num_blocks; b += LANES / 8) scales[b] = NOT_A_NUMBER;
 }
 
 #define QUANTISE(name, is_normed)                                                                                \
   KERNEL(LANES) void name(QUANTISE_PARAMETERS) {                                                                   \
     SHARED float stretch[is_normed ? STRETCH : 1];                                                                   \
-    SHARED int unsound;                                                                                              \
-    quantise_row(is_normed, stretch, &unsound, x, x_offset, x_stride, width, num_blocks, keeps_values, weight, eps, \
-                 codes, scales, sums, values);                                                                      \
+    SHARED Quantised shared;                                                                                         \
+    quantise_row(is_normed, stretch, &shared, x, x_offset, x_stride, width, num_blocks, keeps_values, weight, eps,   \
+                 codes, scales, sums, values);                                                                       \
   }
 QUANTISE(quantise, 0)
 QUANTISE(quantise_normed, 1)

@@ -11,15 +11,14 @@ INLINE GLOBAL const u8* panel_at(GLOBAL const u8* weight, int num_blocks, int pa
 }
 
 // Tile A of a chunk of 256 columns, or tile B behind it.
-INLINE GLOBAL const u8* tile_at(GLOBAL const u8* panel, int num_blocks, int chunk, int is_second) {
-  const int blocks = min(num_blocks - 8 * chunk, 8);
+INLINE GLOBAL const u8* tile_at(GLOBAL const u8* panel, uint num_blocks, uint chunk, int is_second) {
+  const uint blocks = min(num_blocks - 8 * chunk, 8u);
   return panel + (size_t)chunk * (tile_bytes_a(8) + tile_bytes_b(8)) + (is_second ? tile_bytes_a(blocks) : 0);
 }
 
-// Block b of the lane's row in a panel.
-INLINE void read_block(GLOBAL const u8* panel, int num_blocks, int b, int lane, Block* block) {
-  const int in_chunk = b % 8, row = lane % 16;
-  GLOBAL const u8* tile = tile_at(panel, num_blocks, b / 8, lane >= 16);
+// A block of the lane's row in its tile.
+INLINE void read_block(GLOBAL const u8* tile, uint in_chunk, uint lane, Block* block) {
+  const uint row = lane % 16;
   if (lane < 16 || IS_ONE_TYPE)
     read_a(tile + in_chunk / UNIT_BLOCKS_A * UNIT_BYTES_A, row, in_chunk % UNIT_BLOCKS_A, block);
   else
@@ -27,59 +26,94 @@ INLINE void read_block(GLOBAL const u8* panel, int num_blocks, int b, int lane, 
 }
 
 // Times the block at `at` of all rows' blocks, which every lane of the slice reads.
-INLINE float dot_block(const Block* block, int lane, GLOBAL const uint* codes, GLOBAL const int* sums, size_t at) {
+INLINE float dot_block(const Block* block, uint lane, GLOBAL const uint* codes, GLOBAL const int* sums, int at) {
   const uint4 low = ((GLOBAL const uint4*)codes)[2 * at], high = ((GLOBAL const uint4*)codes)[2 * at + 1];
   const uint x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  const int first = sums[2 * at], second = sums[2 * at + 1];
-  return lane < 16 || IS_ONE_TYPE ? dot_a(block, x, first, second) : dot_b(block, x, first, second);
+  const int2 sum = ((GLOBAL const int2*)sums)[at];
+  return lane < 16 || IS_ONE_TYPE ? dot_a(block, x, sum.x, sum.y) : dot_b(block, x, sum.x, sum.y);
 }
 
-// Slices of a kernel for so many rows: what they give of a round fits 8 KB of local memory.
+// Slices of a kernel for so many rows, and neighbouring blocks that one takes at a time: what they give of a round fits
+// 8 KB of local memory.
 #define SLICES_OF(tokens) (FEW_SLICES * (tokens) <= 64 ? FEW_SLICES : 64 / (tokens))
+#define DEPTH_OF(tokens) ((tokens) == 1 ? FEW_DEPTH : 1)
+#define ROUND_OF(tokens) (SLICES_OF(tokens) * DEPTH_OF(tokens))
 
-// Few rows: decode. Slices take blocks in turn; row t's chain is slice t's.
+// Few rows: decode. Slices take blocks in turn; row t's chain is slice t's. parts: [turn][row][block of a round][lane],
+// scale_parts alike without lanes.
+typedef struct {
+  GLOBAL const uint* codes;
+  GLOBAL const float* scales;
+  GLOBAL const int* sums;
+  int num_blocks, first_row, last_row;
+} Input;
+
+// `count` blocks from b on of the group's rows, from `at` on of their round.
+INLINE void dot_few(const Input* input, GLOBAL const u8* panel, int b, int at, LOCAL float* parts,
+                    LOCAL float* scale_parts, const int count, const int tokens, const int round) {
+  const uint lane = LANE & 31;
+  GLOBAL const u8* tile = tile_at(panel, input->num_blocks, (uint)b / 8, lane >= 16);
+  GLOBAL const float* scales = input->scales + min(input->first_row + (int)lane, input->last_row) * input->num_blocks + b;
+  Block blocks[2];
+  float scale[2];
+#pragma unroll
+  for (int k = 0; k < count; k++) {
+    scale[k] = scales[k];
+    read_block(tile, (uint)b % 8 + k, lane, &blocks[k]);
+  }
+#pragma unroll
+  for (int t = 0; t < tokens; t++) {
+    const int row = min(input->first_row + t, input->last_row);
+#pragma unroll
+    for (int k = 0; k < count; k++)
+      parts[(t * round + at + k) * 32 + lane] =
+          dot_block(&blocks[k], lane, input->codes, input->sums, row * input->num_blocks + b + k);
+  }
+#pragma unroll
+  for (int k = 0; k < count; k++)
+    if (lane < tokens) scale_parts[lane * round + at + k] = scale[k];
+}
+
 INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const uint* codes, GLOBAL const float* scales,
-                         GLOBAL const int* sums, GLOBAL const int* batch, LOCAL float* parts, const int tokens,
-                         const int slices, FINISH_PARAMETERS) {
-  const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch), first_row = GROUP(1) * tokens;
+                         GLOBAL const int* sums, GLOBAL const int* batch, LOCAL float* parts, LOCAL float* scale_parts,
+                         const int tokens, const int depth, const int round, FINISH_PARAMETERS) {
+  const int lane = LANE & 31, slice = (uint)LANE / 32, rows = NUM_ROWS(batch), first_row = GROUP(1) * tokens;
+  const Input input = {codes, scales, sums, num_blocks, first_row, rows - 1};
   GLOBAL const u8* panel = panel_at(weight, num_blocks, GROUP(0));
-  const int my_row = min(first_row + slice, rows - 1);
   float total = 0.0f;
-  int turn = 0;  // parts are written in one half while the other is read
-  for (int first = 0; first < num_blocks; first += slices, turn ^= 1) {
-    LOCAL float* part = parts + turn * tokens * slices * 32;
-    const int b = first + slice, count = min(slices, num_blocks - first);
-    if (b < num_blocks) {
-      Block block;
-      read_block(panel, num_blocks, b, lane, &block);
-      for (int t = 0; t < tokens; t++) {
-        const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + b;
-        part[(t * slices + slice) * 32 + lane] = dot_block(&block, lane, codes, sums, at);
-      }
-    }
+  int turn = 0;  // one half is written while the other is read
+  for (int first = 0; first < num_blocks; first += round, turn ^= 1) {
+    LOCAL float* part = parts + turn * tokens * round * 32;
+    LOCAL float* scale = scale_parts + turn * tokens * round;
+    const int at = slice * depth, b = first + at, count = min(round, num_blocks - first);
+    if (b + depth <= num_blocks)
+      dot_few(&input, panel, b, at, part, scale, depth, tokens, round);
+    else if (b < num_blocks)
+      dot_few(&input, panel, b, at, part, scale, 1, tokens, round);
     BARRIER();
     if (slice < tokens)
 #pragma unroll 8
       for (int i = 0; i < count; i++)
-        total = FMA(part[(slice * slices + i) * 32 + lane], scales[(size_t)my_row * num_blocks + first + i], total);
+        total = FMA(part[(slice * round + i) * 32 + lane], scale[slice * round + i], total);
   }
   BARRIER();
   const int is_row = slice < tokens && first_row + slice < rows;
-  finish(total, my_row, is_row, lane, parts + 32 * slice, FINISH_ARGUMENTS);
+  finish(total, min(first_row + slice, rows - 1), is_row, lane, parts + 32 * slice, FINISH_ARGUMENTS);
 }
 
 #define MATMUL_PARAMETERS                                                                                    \
   GLOBAL const u8 *weight, int num_blocks, GLOBAL const uint *codes, GLOBAL const float *scales,              \
       GLOBAL const int *sums, GLOBAL const int *batch, FINISH_PARAMETERS
-#define FEW(tokens)                                                                                          \
-  KERNEL(SLICES_OF(tokens) * 32) void multiply_##tokens(MATMUL_PARAMETERS) {                                  \
-    SHARED float parts[2 * tokens * SLICES_OF(tokens) * 32];                                                  \
-    multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, tokens, SLICES_OF(tokens), FINISH_ARGUMENTS); \
+#define FEW(KIND, tokens)                                                                                    \
+  KIND(SLICES_OF(tokens) * 32) void multiply_##tokens(MATMUL_PARAMETERS) {                                  \
+    SHARED float parts[2 * tokens * ROUND_OF(tokens) * 32], scale_parts[2 * tokens * ROUND_OF(tokens)];        \
+    multiply_few(weight, num_blocks, codes, scales, sums, batch, parts, scale_parts, tokens, DEPTH_OF(tokens), \
+                 ROUND_OF(tokens), FINISH_ARGUMENTS);                                                          \
   }
-FEW(1)
-FEW(2)
-FEW(4)
-FEW(8)
+FEW(ROOMY_KERNEL, 1)
+FEW(KERNEL, 2)
+FEW(KERNEL, 4)
+FEW(KERNEL, 8)
 
 // A block in local memory: word after word of all lanes, so that lanes keep out of each other's banks.
 #define BLOCK_WORDS 12
@@ -107,7 +141,7 @@ INLINE void get_block(LOCAL const uint* words, Block* block) {
 KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
   SHARED uint shared[MANY_SLICES * BLOCK_WORDS * 32];
   SHARED float exchange[MANY_SLICES * 32];
-  const int lane = LANE % 32, slice = LANE / 32, rows = NUM_ROWS(batch);
+  const int lane = LANE & 31, slice = (uint)LANE / 32, rows = NUM_ROWS(batch);
   const int first_row = (GROUP(1) * MANY_SLICES + slice) * MANY_TOKENS;
   GLOBAL const u8* panel = panel_at(weight, num_blocks, GROUP(0));
   float totals[MANY_TOKENS];
@@ -115,7 +149,8 @@ KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
   for (int first = 0; first < num_blocks; first += MANY_SLICES) {
     Block block;
     if (first + slice < num_blocks) {
-      read_block(panel, num_blocks, first + slice, lane, &block);
+      const uint b = first + slice;
+      read_block(tile_at(panel, num_blocks, b / 8, lane >= 16), b % 8, lane, &block);
       put_block(&block, shared + slice * BLOCK_WORDS * 32 + lane);
     }
     BARRIER();
@@ -124,7 +159,7 @@ KERNEL(MANY_SLICES * 32) void multiply_many(MATMUL_PARAMETERS) {
       get_block(shared + i * BLOCK_WORDS * 32 + lane, &block);
 #pragma unroll
       for (int t = 0; t < MANY_TOKENS; t++) {
-        const size_t at = (size_t)min(first_row + t, rows - 1) * num_blocks + first + i;
+        const int at = min(first_row + t, rows - 1) * num_blocks + first + i;
         totals[t] = FMA(dot_block(&block, lane, codes, sums, at), scales[at], totals[t]);
       }
     }
