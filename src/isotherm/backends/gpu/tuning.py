@@ -39,9 +39,7 @@ def tuned_tiling(gpu: OpenGpu, cache: KernelCache, notify: Callable[[str], None]
 def search(gpu: OpenGpu, few_outputs: int = _FEW_OUTPUTS, many_outputs: int = _MANY_OUTPUTS) -> Tiling:
     """Times one decoded row of a wide and of a narrow matrix, then many rows, with what the device can run."""
     most_slices, dot4 = gpu.facts.max_lanes // SLICE_LANES, find_dot4(gpu.device)
-    few = [
-        Tiling(few_slices=slices, few_depth=depth, dot4=dot4) for slices, depth in _FEW if slices <= most_slices
-    ]
+    few = [Tiling(few_slices=slices, few_depth=depth, dot4=dot4) for slices, depth in _FEW if slices <= most_slices]
     best = min(few, key=lambda tiling: _if_it_runs(gpu, tiling, few_outputs, 1))
     alike = [tiling for tiling in few if tiling.few_depth == best.few_depth]
     narrow = min(alike, key=lambda tiling: _if_it_runs(gpu, tiling, many_outputs, 1))
