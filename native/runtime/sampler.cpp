@@ -20,8 +20,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr int kLanes = 32;  // partial results of a scan: fixed, so that no vector width changes a sum
-constexpr int kBlock = 64;  // values of which top() knows the largest
+constexpr int kLanes = 32;      // partial results of a scan: fixed, so that no vector width changes a sum
+constexpr int kSumLanes = 256;  // of a sum: a GPU has a lane of its own for each
+constexpr int kBlock = 64;      // values of which top() knows the largest
 
 // e to the x for x <= 0, within 2e-7; 0 below -87. Taylor on |r| <= ln 2 / 2. Without a branch: loops over it
 // vectorise.
@@ -56,17 +57,17 @@ double log_of(double x) {
 
 // weights[i] = exp((values[i] - best) * scale); returns their sum.
 WIDE_CLONE double weigh(const float* values, size_t n, float best, float scale, float* __restrict weights) {
-  double lanes[kLanes] = {};
+  double lanes[kSumLanes] = {};
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (size_t j = 0; j < kLanes; j++) {
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (size_t j = 0; j < kSumLanes; j++) {
       weights[i + j] = exp_below((values[i + j] - best) * scale);
       lanes[j] += weights[i + j];
     }
-  for (; i < n; i++) lanes[i % kLanes] += weights[i] = exp_below((values[i] - best) * scale);
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
+  for (; i < n; i++) lanes[i % kSumLanes] += weights[i] = exp_below((values[i] - best) * scale);
+  for (size_t half = kSumLanes / 2; half > 0; half /= 2)
+    for (size_t j = 0; j < half; j++) lanes[j] += lanes[j + half];
+  return lanes[0];
 }
 
 WIDE_CLONE float largest(const float* values, size_t n) {

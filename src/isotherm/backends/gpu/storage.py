@@ -21,7 +21,7 @@ from isotherm.quantization.packed_file import EntrySpec
 from isotherm.types import Rope
 
 BLOCK_COLUMNS = 32
-MOST_KEPT = 256  # of a row's logits, in a shortlist
+MOST_KEPT = 256  # of a row's logits, in a shortlist; no more than its kernel has lanes
 _SHORTLIST_HEADER = 8  # words; as in choice.cl
 SHORTLIST_WORDS = _SHORTLIST_HEADER + 2 * MOST_KEPT
 _ATTENTION_BLOCK = 512

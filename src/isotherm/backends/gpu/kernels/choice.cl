@@ -4,8 +4,8 @@
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
 #endif
 #define LARGEST_FLOAT 0x1.fffffep127f
-#define SUM_LANES 32
-#define STRETCH (8 * LANES)
+#define AHEAD 16          // logits that a lane has on their way
+#define MOST_FOUND 2048   // candidates in local memory
 #define HEADER_WORDS 8
 
 // e to the x for x <= 0, as the sampler's: not the contract's.
@@ -29,120 +29,142 @@ INLINE uint order_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The largest logit; whether one is NaN or infinite.
-INLINE float find_peak(GLOBAL const float* logits, int width, LOCAL float* shared, LOCAL int* unsound) {
-  float peak = -INFINITY;
-  if (LANE == 0) *unsound = 0;
-  BARRIER();
-  for (int i = LANE; i < width; i += LANES) {
-    if (!(logits[i] <= LARGEST_FLOAT)) *unsound = 1;
-    peak = logits[i] > peak ? logits[i] : peak;
+// Rises with the logit, and falls with the id where logits are equal: no two keys are.
+INLINE u64 key_of(float x, uint id) { return (u64)order_of(x) << 32 | (0xFFFFFFFFu - id); }
+
+typedef struct {
+  double lanes[LANES];
+  float peaks[LANES];
+  uint ids[MOST_FOUND];
+  float values[MOST_FOUND];
+  u8 is_chosen[MOST_FOUND];
+  int counts[LANES];
+  int num_found, is_unsound;
+  float bound;
+} Shortlist;
+
+// The lane's logits from `start` on, LANES apart; -inf behind the last.
+INLINE void read_ahead(GLOBAL const float* logits, int start, int width, float* x) {
+#pragma unroll
+  for (int n = 0; n < AHEAD; n++) {
+    const int i = start + n * LANES + LANE;
+    x[n] = i < width ? logits[i] : -INFINITY;
   }
-  shared[LANE] = peak;
+}
+
+// The largest logit; whether one is NaN or infinite. And a bound above which none but the `kept` largest can be needed:
+// the kept-th largest of what the lanes found.
+INLINE float find_peak(GLOBAL const float* logits, int width, int kept, LOCAL Shortlist* shared) {
+  float own = -INFINITY, x[AHEAD];
+  int is_unsound = 0, rank = 0;
+  if (LANE == 0) shared->is_unsound = shared->num_found = 0;
+  for (int start = 0; start < width; start += AHEAD * LANES) {
+    read_ahead(logits, start, width, x);
+    for (int n = 0; n < AHEAD; n++) {
+      if (!(x[n] <= LARGEST_FLOAT)) is_unsound = 1;
+      own = x[n] > own ? x[n] : own;
+    }
+  }
+  shared->peaks[LANE] = own;
   BARRIER();
-  for (int i = 0; i < LANES; i++) peak = shared[i] > peak ? shared[i] : peak;
+  if (is_unsound) shared->is_unsound = 1;
+  float peak = -INFINITY;
+  for (int i = 0; i < LANES; i++) {
+    const float other = shared->peaks[i];
+    peak = other > peak ? other : peak;
+    rank += other > own || (other == own && i < LANE);
+  }
+  if (rank == kept - 1) shared->bound = own > -LARGEST_FLOAT ? own : -LARGEST_FLOAT;
   BARRIER();
   return peak;
 }
 
-// The sum of all weights exp(logit - peak): lane i % 32 of the sum has every 32nd; on lane 0.
-INLINE double weigh(GLOBAL const float* logits, int width, float peak, LOCAL float* shared, LOCAL double* lanes) {
+INLINE void add_candidate(LOCAL Shortlist* shared, float x, uint id) {
+  const int at = ATOMIC_ADD(&shared->num_found, 1);
+  if (at >= MOST_FOUND) return;
+  shared->ids[at] = id;
+  shared->values[at] = x;
+}
+
+// The sum of all weights exp(logit - peak), a lane for every LANES-th, then halves added; and candidates, in any order.
+INLINE double weigh(GLOBAL const float* logits, int width, float peak, LOCAL Shortlist* shared) {
+  const float bound = shared->bound;
   double sum = 0;
-  for (int start = 0; start < width; start += STRETCH) {
-    const int count = min(STRETCH, width - start);
-    for (int i = LANE; i < count; i += LANES) shared[i] = exp_below(logits[start + i] - peak);
-    BARRIER();
-    if (LANE < SUM_LANES)
-      for (int i = LANE; i < count; i += SUM_LANES) sum += shared[i];
+  float x[AHEAD];
+  for (int start = 0; start < width; start += AHEAD * LANES) {
+    read_ahead(logits, start, width, x);
+    for (int n = 0; n < AHEAD; n++) {
+      sum += exp_below(x[n] - peak);
+      if (x[n] >= bound) add_candidate(shared, x[n], start + n * LANES + LANE);
+    }
+  }
+  shared->lanes[LANE] = sum;
+  BARRIER();
+  for (int left = LANES / 2; left > 0; left /= 2) {
+    if (LANE < left) shared->lanes[LANE] += shared->lanes[LANE + left];
     BARRIER();
   }
-  if (LANE < SUM_LANES) lanes[LANE] = sum;
-  BARRIER();
-  double total = 0;
-  for (int i = 0; i < SUM_LANES; i++) total += lanes[i];
-  return total;
+  return shared->lanes[0];
 }
 
-// The order of the kept-th largest of those above -inf, or of the least of them where they are fewer; digit by digit.
-// rest: how many of those that are equal to it are kept.
-INLINE uint find_bound(GLOBAL const float* logits, int width, int kept, LOCAL int* digits, LOCAL uint* shared, int* rest) {
-  const uint none = order_of(-INFINITY);
-  uint bound = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = LANE; i < 256; i += LANES) digits[i] = 0;
+// Where candidates are too many, as of a row of equal logits: bit after bit the key that `kept` have or surpass, and
+// those are the candidates. Otherwise no round is made.
+INLINE void find_again(GLOBAL const float* logits, int width, int kept, LOCAL Shortlist* shared) {
+  const int is_needed = shared->num_found > MOST_FOUND;
+  u64 bound = 0;
+  for (int bit = is_needed ? 63 : -1; bit >= 0; bit--) {
+    const u64 trial = bound | (u64)1 << bit;
+    int count = 0;
+    for (int i = LANE; i < width; i += LANES) count += key_of(logits[i], i) >= trial;
+    shared->counts[LANE] = count;
     BARRIER();
-    for (int i = LANE; i < width; i += LANES) {
-      const uint order = order_of(logits[i]);
-      const int is_alike = shift == 24 || order >> (shift + 8) == bound >> (shift + 8);
-      if (is_alike && order > none) ATOMIC_ADD(&digits[order >> shift & 255], 1);
-    }
-    BARRIER();
-    if (LANE == 0) {
-      int digit = 255, before = 0;
-      while (digit > 0 && before + digits[digit] < kept) before += digits[digit--];
-      if (before + digits[digit] < kept) {  // there are fewer: the least of them is the bound
-        while (digit < 255 && digits[digit] == 0) digit++;
-        before -= digit > 0 ? digits[digit] : 0;
-      }
-      shared[0] = bound | (uint)digit << shift;
-      shared[1] = (uint)min(kept - before, digits[digit]);
-    }
-    BARRIER();
-    bound = shared[0];
-    kept = (int)shared[1];
+    count = 0;
+    for (int i = 0; i < LANES; i++) count += shared->counts[i];
+    if (count >= kept) bound = trial;
     BARRIER();
   }
-  *rest = kept;
-  return bound;
+  if (is_needed && LANE == 0) shared->num_found = 0;
+  BARRIER();
+  for (int i = LANE; i < (is_needed ? width : 0); i += LANES)
+    if (key_of(logits[i], i) >= bound) add_candidate(shared, logits[i], i);
+  BARRIER();
 }
 
-// The ids and logits above the bound, and the first `rest` of those at it, by rising id: lanes have runs of ids.
-INLINE int collect(GLOBAL const float* logits, int width, uint bound, int rest, LOCAL int* above, LOCAL int* equal,
-                   GLOBAL uint* ids, GLOBAL uint* values) {
-  const int run = (width + LANES - 1) / LANES, first = LANE * run, last = min(first + run, width);
-  int num_above = 0, num_equal = 0;
-  for (int i = first; i < last; i++) {
-    num_above += order_of(logits[i]) > bound;
-    num_equal += order_of(logits[i]) == bound;
+// The `kept` first candidates, by rising id.
+INLINE void write_chosen(int kept, LOCAL Shortlist* shared, GLOBAL uint* ids, GLOBAL uint* values) {
+  const int num_found = shared->num_found;
+  for (int i = LANE; i < num_found; i += LANES) {
+    const u64 own = key_of(shared->values[i], shared->ids[i]);
+    int rank = 0;
+    for (int j = 0; j < num_found; j++) rank += key_of(shared->values[j], shared->ids[j]) > own;
+    shared->is_chosen[i] = rank < kept;
   }
-  above[LANE] = num_above;
-  equal[LANE] = num_equal;
   BARRIER();
-  int at = 0, seen = 0, total = 0;
-  for (int i = 0; i < LANES; i++) {
-    if (i < LANE) at += above[i], seen += equal[i];
-    total += above[i];
+  for (int i = LANE; i < num_found; i += LANES) {
+    const uint own = shared->ids[i];
+    int at = 0;
+    for (int j = 0; j < num_found; j++) at += shared->is_chosen[j] && shared->ids[j] < own;
+    if (!shared->is_chosen[i]) continue;
+    ids[at] = own;
+    values[at] = BITS_OF(shared->values[i]);
   }
-  at += min(seen, rest);
-  for (int i = first; i < last; i++) {
-    const uint order = order_of(logits[i]);
-    if (order < bound || (order == bound && seen++ >= rest)) continue;
-    ids[at] = (uint)i;
-    values[at++] = BITS_OF(logits[i]);
-  }
-  return total + rest;
 }
 
 // head: rows, which they are [rows], how many are kept of each [rows]. out [rows][HEADER_WORDS + 2 * most]: unsound,
 // how many, peak, -, the sum of weights as a double, -, -, ids [most], logits [most].
-KERNEL(LANES) void shortlist(GLOBAL const float* logits, GLOBAL const int* head, GLOBAL uint* out, int width, int most) {
-  SHARED float shared[STRETCH];
-  SHARED double lanes[SUM_LANES];
-  SHARED int digits[256], above[LANES], equal[LANES], unsound;
-  SHARED uint found[2];
+ROOMY_KERNEL(LANES) void shortlist(GLOBAL const float* logits, GLOBAL const int* head, GLOBAL uint* out, int width, int most) {
+  SHARED Shortlist shared;
   const int row = GROUP(1), kept = head[1 + NUM_ROWS(head) + row];
   logits += (size_t)row * width;
   out += (size_t)row * (HEADER_WORDS + 2 * most);
-  const float peak = find_peak(logits, width, shared, &unsound);
-  const int is_unsound = unsound || peak == -INFINITY;
-  const double total = weigh(logits, width, peak, shared, lanes);  // of unsound rows too: no barrier stands in a branch
-  int rest;
-  const uint bound = find_bound(logits, width, kept, digits, found, &rest);
-  const int count = collect(logits, width, bound, rest, above, equal, out + HEADER_WORDS, out + HEADER_WORDS + most);
+  const float peak = find_peak(logits, width, kept, &shared);
+  const double total = weigh(logits, width, peak, &shared);  // of unsound rows too: no barrier stands in a branch
+  find_again(logits, width, kept, &shared);
+  write_chosen(kept, &shared, out + HEADER_WORDS, out + HEADER_WORDS + most);
   if (LANE == 0) {
     *(GLOBAL double*)(out + 4) = total;
-    out[0] = (uint)is_unsound;
-    out[1] = (uint)count;
+    out[0] = (uint)(shared.is_unsound || peak == -INFINITY);
+    out[1] = (uint)min(kept, shared.num_found);
     out[2] = BITS_OF(peak);
   }
 }

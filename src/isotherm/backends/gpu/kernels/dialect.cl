@@ -18,6 +18,7 @@
 #define FMA(a, b, c) fma(a, b, c)
 #define ATOMIC_ADD(at, value) atomic_add(at, value)
 typedef uchar u8;
+typedef ulong u64;
 typedef char i8;
 
 INLINE float half_of(uint bits) {
@@ -45,6 +46,7 @@ INLINE void store_half(float x, GLOBAL u8* p) { vstore_half_rte(x, 0, (GLOBAL ha
 #define ATOMIC_ADD(at, value) atomicAdd(at, value)
 #define INFINITY FLOAT_OF(0x7F800000u)
 typedef unsigned char u8;
+typedef unsigned long long u64;
 typedef signed char i8;
 typedef unsigned short ushort;
 typedef unsigned int uint;
