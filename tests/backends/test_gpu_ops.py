@@ -149,6 +149,17 @@ def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
     assert_equal_on_gpu(layer_like(QuantType.Q4_0, 256), tiling=tiling)
 
 
+def test_slices_that_take_two_blocks() -> None:
+    """Rounds of 16: one not full, one with half a slice at its end, one that is full, one with a block in the next."""
+    for num_blocks in (5, 15, 16, 17):
+        sketch = Sketch()
+        x = sketch.input(random_inputs(2, 32 * num_blocks))
+        y = sketch.value(33)
+        weight = sketch.matrix("w", QuantType.Q4_0, 33, 32 * num_blocks)
+        sketch.add(ops.QuantLinear(x, None, (Projection(y, weight, None),), None))
+        assert_equal_on_gpu(sketch.finish(y), 2, Tiling(few_slices=8, few_depth=2))
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 CASES = [

@@ -52,8 +52,8 @@ INLINE void read_ahead(GLOBAL const float* logits, int start, int width, float* 
   }
 }
 
-// The largest logit; whether one is NaN or infinite. And a bound above which none but the `kept` largest can be needed:
-// the kept-th largest of what the lanes found.
+// The largest logit; whether one is NaN or infinite. And a bound below which none of the `kept` largest is: the kept-th
+// largest of what each lane found.
 INLINE float find_peak(GLOBAL const float* logits, int width, int kept, LOCAL Shortlist* shared) {
   float own = -INFINITY, x[AHEAD];
   int is_unsound = 0, rank = 0;
