@@ -150,8 +150,8 @@ def test_tilings_give_the_same_bits(tiling: Tiling) -> None:
 
 
 def test_slices_that_take_two_blocks() -> None:
-    """Rounds of 16: one not full, one with half a slice at its end, one that is full, one with a block in the next."""
-    for num_blocks in (5, 15, 16, 17):
+    """Rounds of 16: one that is not full, one that is, one with two blocks in the next."""
+    for num_blocks in (6, 16, 18):
         sketch = Sketch()
         x = sketch.input(random_inputs(2, 32 * num_blocks))
         y = sketch.value(33)

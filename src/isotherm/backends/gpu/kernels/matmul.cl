@@ -48,16 +48,16 @@ typedef struct {
   int num_blocks, first_row, last_row;
 } Input;
 
-// `count` blocks from b on of the group's rows, from `at` on of their round.
+// `depth` blocks from b on, the at-th and so on of their round. A depth of 2 leaves none over: columns are padded to 64.
 INLINE void dot_few(const Input* input, GLOBAL const u8* panel, int b, int at, LOCAL float* parts,
-                    LOCAL float* scale_parts, const int count, const int tokens, const int round) {
+                    LOCAL float* scale_parts, const int depth, const int tokens, const int round) {
   const uint lane = LANE & 31;
   GLOBAL const u8* tile = tile_at(panel, input->num_blocks, (uint)b / 8, lane >= 16);
   GLOBAL const float* scales = input->scales + min(input->first_row + (int)lane, input->last_row) * input->num_blocks + b;
   Block blocks[2];
   float scale[2];
 #pragma unroll
-  for (int k = 0; k < count; k++) {
+  for (int k = 0; k < depth; k++) {
     scale[k] = scales[k];
     read_block(tile, (uint)b % 8 + k, lane, &blocks[k]);
   }
@@ -65,12 +65,12 @@ INLINE void dot_few(const Input* input, GLOBAL const u8* panel, int b, int at, L
   for (int t = 0; t < tokens; t++) {
     const int row = min(input->first_row + t, input->last_row);
 #pragma unroll
-    for (int k = 0; k < count; k++)
+    for (int k = 0; k < depth; k++)
       parts[(t * round + at + k) * 32 + lane] =
           dot_block(&blocks[k], lane, input->codes, input->sums, row * input->num_blocks + b + k);
   }
 #pragma unroll
-  for (int k = 0; k < count; k++)
+  for (int k = 0; k < depth; k++)
     if (lane < tokens) scale_parts[lane * round + at + k] = scale[k];
 }
 
@@ -86,10 +86,7 @@ INLINE void multiply_few(GLOBAL const u8* weight, int num_blocks, GLOBAL const u
     LOCAL float* part = parts + turn * tokens * round * 32;
     LOCAL float* scale = scale_parts + turn * tokens * round;
     const int at = slice * depth, b = first + at, count = min(round, num_blocks - first);
-    if (b + depth <= num_blocks)
-      dot_few(&input, panel, b, at, part, scale, depth, tokens, round);
-    else if (b < num_blocks)
-      dot_few(&input, panel, b, at, part, scale, 1, tokens, round);
+    if (b < num_blocks) dot_few(&input, panel, b, at, part, scale, depth, tokens, round);
     BARRIER();
     if (slice < tokens)
 #pragma unroll 8
