@@ -28,11 +28,14 @@ INLINE void multiply_floats(GLOBAL const u8* weight, int num_blocks, GLOBAL cons
   GLOBAL const u8* panel = weight + (size_t)GROUP(0) * columns * 32 * FLOAT_BYTES;
   for (int t = 0; t < tokens; t++) totals[t] = 0.0f;
   for (int first = 0; first < columns; first += MANY_SLICES * FLOAT_COLUMNS) {
-    for (int i = 0; i < FLOAT_COLUMNS; i++) {
-      const int column = first + slice * FLOAT_COLUMNS + i;
-      if (column < columns)
-        shared[(slice * FLOAT_COLUMNS + i) * 32 + lane] =
-            float_weight(float_tile(panel, columns, column / 256, lane / 16), column % 256, lane % 16);
+    const int column = first + slice * FLOAT_COLUMNS;
+    if (column < columns) {  // all of them: columns are padded to 64
+      GLOBAL const u8* tile = float_tile(panel, columns, column / 256, lane / 16);
+      float x[FLOAT_COLUMNS];
+#pragma unroll
+      for (int i = 0; i < FLOAT_COLUMNS; i++) x[i] = float_weight(tile, column % 256 + i, lane % 16);
+#pragma unroll
+      for (int i = 0; i < FLOAT_COLUMNS; i++) shared[(slice * FLOAT_COLUMNS + i) * 32 + lane] = x[i];
     }
     BARRIER();
     const int count = min(MANY_SLICES * FLOAT_COLUMNS, columns - first);
