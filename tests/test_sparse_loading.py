@@ -48,7 +48,8 @@ def test_weights_by_neuron_give_way_to_the_context(path: Path, monkeypatch: pyte
     with isotherm.load(path, cache_bytes=0) as sparse, isotherm.load(path, cache_bytes=0, sparse=False) as dense:
         between = (sparse.facts.memory.total_bytes + dense.facts.memory.total_bytes) // 2
         context_tokens = dense.context_tokens
-    monkeypatch.setattr("isotherm.fitting._budget_bytes", lambda: between)
+    monkeypatch.setattr("isotherm.fitting.available_memory_bytes", lambda: between)
+    monkeypatch.setattr("isotherm.fitting._MEMORY_SHARE", 1)
     heard = Heard()
     with isotherm.load(path, reporter=heard, cache_bytes=0) as model:
         assert not is_by_neuron(model)
