@@ -31,6 +31,7 @@ from isotherm.backends.gpu.sources import (
 from isotherm.program.ops import AttentionShape
 from isotherm.types import KvType, QuantType
 
+NVRTC, _NVDISASM = "cu*/lib/libnvrtc.so.*", "cu*/bin/nvdisasm"
 _LOAD = re.compile(r"(?:@!?U?P\d+ )?LDG\S* R(\d+)")
 _USED = r"entry function '{}'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
 
@@ -44,42 +45,53 @@ class Run:
     waits: int
 
 
-def find_one(pattern: str) -> Path:
+def find_installed(pattern: str) -> Path | None:
+    """A file of NVIDIA's wheels."""
     spec = find_spec("nvidia")
     folders = (spec.submodule_search_locations or ()) if spec else ()
-    found = [path for folder in folders for path in sorted(Path(folder).glob(pattern))]
-    if not found:
-        raise SystemExit(f"{pattern} is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
-    return found[0]
+    return next((path for folder in folders for path in sorted(Path(folder).glob(pattern))), None)
 
 
-def compile_source(source: Source, architecture: str) -> tuple[bytes, str]:
-    """Machine code, and what the assembler tells."""
-    library, program, size = ctypes.CDLL(str(find_one("cu*/lib/libnvrtc.so.*"))), ctypes.c_void_p(), ctypes.c_size_t()
-    library.nvrtcCreateProgram(ctypes.byref(program), source.text.encode(), b"kernels.cu", 0, None, None)
+def compile_source(source: Source, architecture: str, form: str, *options: str) -> tuple[bytes, str]:
+    """What NVRTC makes of kernels, and what it tells.
+
+    form: CUBIN, of a real architecture (sm_86), or PTX, of a virtual one (compute_86).
+
+    Raises ValueError for what does not compile.
+    """
+    path = find_installed(NVRTC)
+    assert path is not None, "NVRTC is not installed"
+    library, program, size = ctypes.CDLL(str(path)), ctypes.c_void_p(), ctypes.c_size_t()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.text.encode(), b"kernels.cu", 0, None, None) == 0
 
     def output(name: str) -> bytes:
-        getattr(library, f"nvrtcGet{name}Size")(program, ctypes.byref(size))
+        assert getattr(library, f"nvrtcGet{name}Size")(program, ctypes.byref(size)) == 0
         text = ctypes.create_string_buffer(size.value)
-        getattr(library, f"nvrtcGet{name}")(program, text)
+        assert getattr(library, f"nvrtcGet{name}")(program, text) == 0
         return text.raw
 
-    options = [option.encode() for option in (*source.options(architecture).split(), "--ptxas-options=-v")]
-    failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    words = [word.encode() for word in (*source.options(architecture).split(), *options)]
+    status = library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
     log = output("ProgramLog").decode()
-    if failed:
-        raise SystemExit(log)
-    return output("CUBIN"), log
+    if status != 0:
+        raise ValueError(log)
+    made = output(form)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return made, log
 
 
-def runs(code: bytes, kernel: str) -> Iterator[Run]:
-    """Those that load."""
+def disassemble(code: bytes) -> str:
+    tool = find_installed(_NVDISASM)
+    assert tool is not None, "nvdisasm is not installed"
+    tool.chmod(0o755)  # as a wheel brings it, it is no program
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        tool = find_one("cu*/bin/nvdisasm")
-        tool.chmod(0o755)  # as a wheel brings it, it is no program
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def runs(text: str, kernel: str) -> Iterator[Run]:
+    """Those that load. text: of all kernels."""
     text = text[text.index(f".text.{kernel}:") :]
     for run in re.split(r"^\.L_x_\d+:", text[: text.find(".section")], flags=re.MULTILINE):
         found = count_waits(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", run, re.MULTILINE))
@@ -113,16 +125,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="append JSON lines")
     args = parser.parse_args()
+    if not find_installed(NVRTC) or not find_installed(_NVDISASM):
+        raise SystemExit("to be installed first: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
     tiling = Tiling(few_depth=args.depth, dot4=Dot4.PTX)
     sources = {name: matmul_source(QuantType[name], QuantType[name], tiling) for name in args.types}
     sources["attention"] = attention_source(AttentionShape(32, 8, 128, 0.1, None), KvType.F16)
     sources |= {"elementwise": elementwise_source(), "choice": choice_source()}
     for label, source in sources.items():
-        code, log = compile_source(source, args.architecture)
+        code, log = compile_source(source, args.architecture, "CUBIN", "--ptxas-options=-v")
+        text = disassemble(code)
         for kernel in args.kernels:
             if not (told := re.search(_USED.format(kernel), log, re.DOTALL)):
                 continue
-            found = list(runs(code, kernel))
+            found = list(runs(text, kernel))
             print(f"{label} {kernel}: {told[2]} registers, {told[1]} bytes spilled")
             for run in found:
                 print(f"    {run.instructions} instructions, {run.loads} loads, {run.waits} waits")

@@ -1,12 +1,9 @@
 """Every kernel by NVRTC, CUDA's true compiler, which needs no GPU: it compiles, and rounds as the contract has it."""
 
-import ctypes
 import re
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from benchmark_module import benchmark
 from slow_cases import with_slow
 from test_gpu_ops import TYPES
 
@@ -23,41 +20,20 @@ from isotherm.backends.gpu.sources import (
 from isotherm.program.ops import AttentionShape
 from isotherm.types import KvType, QuantType
 
+gpu_code = benchmark("gpu_code")
 OLDEST, NEWEST = "75", "100"  # of what NVRTC 13 and home machines have
 SHAPES = [AttentionShape(4, 2, 64, 0.125, None), AttentionShape(30, 1, 48, 0.1, 16)]
 # What is rounded otherwise than IEEE 754 says, flushes subnormals, or may be contracted.
 LOOSE = re.compile(r"\.approx|\.ftz|\.full|\bmad\.\S*f\d\d|\b(?:add|sub|mul)\.f\d\d")
 
 
-@cache
-def nvrtc() -> ctypes.CDLL:
-    spec = find_spec("nvidia")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    for folder in folders:
-        for library in sorted(folder.glob("cu*/lib/libnvrtc.so.*")):
-            return ctypes.CDLL(str(library))
-    pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc brings it")
-
-
 def check_compiles(source: Source, architecture: str = NEWEST) -> None:
-    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    assert library.nvrtcCreateProgram(ctypes.byref(program), source.text.encode(), b"kernels.cu", 0, None, None) == 0
-
-    def output(name: str) -> bytes:
-        assert getattr(library, f"nvrtcGet{name}Size")(program, ctypes.byref(size)) == 0
-        text = ctypes.create_string_buffer(size.value)
-        assert getattr(library, f"nvrtcGet{name}")(program, text) == 0
-        return text.raw
-
-    # As for a device; by a virtual architecture there is text to look at.
-    for kind in ("sm", "compute"):
-        options = [option.encode() for option in source.options(f"{kind}_{architecture}").split()]
-        status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        assert status == 0, output("ProgramLog").decode()
-        if kind == "sm":
-            assert output("CUBIN").startswith(b"\x7fELF")
-    assert not LOOSE.findall(output("PTX").decode(errors="replace"))
-    library.nvrtcDestroyProgram(ctypes.byref(program))
+    if gpu_code.find_installed(gpu_code.NVRTC) is None:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc brings it")
+    code, _ = gpu_code.compile_source(source, f"sm_{architecture}", "CUBIN")
+    assert code.startswith(b"\x7fELF")
+    text, _ = gpu_code.compile_source(source, f"compute_{architecture}", "PTX")
+    assert not LOOSE.findall(text.decode(errors="replace"))
 
 
 @pytest.mark.parametrize("architecture", [OLDEST, NEWEST])
